@@ -1,0 +1,80 @@
+"""Look into a data set folder: counts, lengths of the documents, decoded samples."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data_prep import cli
+from data_prep.encoding import load_tokenizer
+from data_prep.verify import data_sets
+from swax_megatron.data.shards import ShardedDataset
+from swax_megatron.data.statistics import unigram_entropy
+from swax_megatron.randomness import integer
+
+EPILOG = "example:\n  python data_prep/show.py data/web --samples 3 --characters 400"
+_BAR = 50
+
+
+def histogram(lengths: np.ndarray) -> str:
+    """Documents and share of the tokens by length, in powers of two."""
+    bins = np.frexp(lengths)[1] - 1
+    lines = ["document length (tokens)    documents   % of tokens"]
+    for power in range(int(bins.min()), int(bins.max()) + 1):
+        inside = bins == power
+        share = lengths[inside].sum() / lengths.sum()
+        bar = "#" * round(_BAR * share)
+        lines.append(f"{2**power:>10} - {2 ** (power + 1) - 1:<10} {int(inside.sum()):>12} {100 * share:>12.2f}  {bar}".rstrip())
+    return "\n".join(lines)
+
+
+def describe(folder: Path, samples: int, characters: int, seed: int, entropy: bool) -> None:
+    """Print one data set."""
+    dataset = ShardedDataset(folder)
+    processor = load_tokenizer(dataset.tokenizer_path)
+    lengths = np.concatenate([dataset.shard(number).lengths for number in range(len(dataset.shards))])
+    print(f"{folder}: {dataset.documents} documents, {dataset.tokens} tokens ({dataset.dtype.name}) in {len(dataset.shards)} shards")
+    if dataset.text_bytes:
+        print(f"{dataset.text_bytes} bytes of text, {dataset.tokens / dataset.text_bytes:.4f} tokens a byte, EOS included")
+    print(f"tokenizer {dataset.tokenizer_sha256[:12]}, {dataset.vocab_size} ids; skipped: {dataset.manifest.get('skipped', {})}")
+    if entropy:
+        print(f"unigram entropy {unigram_entropy(dataset):.4f} nats a token")
+    print(histogram(lengths))
+    ends = np.cumsum(dataset.shard_documents)
+    for sample in range(samples):
+        number = integer("show", seed, sample) % dataset.documents
+        shard = int(np.searchsorted(ends, number, side="right"))
+        within = number - (int(ends[shard - 1]) if shard else 0)
+        ids = dataset.document(shard, within)
+        text = processor.decode(ids[: 4 * characters].tolist())
+        print(f"--- shard {shard}, document {within}, {len(ids)} tokens\n{text[:characters]}")
+
+
+def command(args: argparse.Namespace) -> None:
+    """Print every data set in the folder."""
+    for folder in data_sets(args.folder):
+        describe(folder, args.samples, args.characters, args.seed, args.entropy)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="DIR", help="a data set folder, or one that holds train and validation")
+    parser.add_argument("--samples", type=int, default=3, help="documents to print (default %(default)s)")
+    parser.add_argument("--characters", type=cli.positive, default=400, help="characters of each (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="which documents (default %(default)s)")
+    parser.add_argument("--entropy", action="store_true", help="also print the unigram entropy (reads every shard)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return cli.run(command, parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Saves at an interval and at the end; reads the newest complete checkpoint at the start."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+
+from swax_megatron.callbacks.callback import Callback
+from swax_megatron.checkpoint.compatibility import check_resume
+from swax_megatron.checkpoint.store import latest, open_checkpoint, prune, save
+from swax_megatron.config import to_dict
+from swax_megatron.trainer import StepResult, Trainer, TrainState
+
+_log = logging.getLogger(__name__)
+
+
+class Checkpoints(Callback):
+    """Checkpoints of one run directory, under ``checkpoints/step_N``."""
+
+    def __init__(self, run_dir: str) -> None:
+        self.root = Path(run_dir) / "checkpoints"
+        self.saved_step = -1
+
+    def resume(self, trainer: Trainer) -> bool:
+        """Continue from the newest complete checkpoint; False where there is none.
+
+        Raises ValueError before anything is changed when its configuration conflicts or a file is damaged.
+        """
+        groups, config = trainer.groups, trainer.config
+        found = [None]
+        if groups.rank == 0 and config.checkpoint.resume == "auto":
+            found = [latest(self.root)]
+        torch.distributed.broadcast_object_list(found, src=0, group=groups.cpu)
+        if found[0] is None:
+            return False
+        checkpoint = open_checkpoint(found[0])
+        for change in check_resume(checkpoint.config, to_dict(config), config.checkpoint.allow_change, checkpoint.step):
+            if groups.rank == 0:
+                _log.info("resume: %s", change)
+        data = trainer.data.state_from_json(checkpoint.state["data"])
+        checkpoint.verify(group=groups.cpu)
+        checkpoint.read_into(trainer.backend.fragments(saving=False))
+        trainer.backend.loaded(checkpoint.step)
+        trainer.state = TrainState(checkpoint.step, checkpoint.state["tokens_seen"], data)
+        self._restore_generators(checkpoint.rank_state(groups.rank))
+        self.saved_step = checkpoint.step
+        if groups.rank == 0:
+            _log.info("resumed from %s", found[0])
+        return True
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        interval = trainer.config.checkpoint.interval
+        if interval and (trainer.state.step % interval == 0 or trainer.state.step == trainer.config.train.steps):
+            started = time.perf_counter()
+            self.save(trainer)
+            result.metrics["time/checkpoint_blocking"] = time.perf_counter() - started
+
+    def save(self, trainer: Trainer) -> None:
+        """Write the state after ``trainer.state.step`` updates (a collective)."""
+        state, config = trainer.state, trainer.config
+        if state.step == self.saved_step:
+            return
+        save(
+            self.root,
+            state.step,
+            trainer.backend.fragments(saving=True),
+            config=to_dict(config),
+            state={
+                "tokens_seen": state.tokens_seen,
+                "data": trainer.data.state_to_json(state.data),
+                "window_schedule": f"{trainer.windows.fingerprint():016x}",
+            },
+            rank_state=self._generators(),
+            group=trainer.groups.cpu,
+        )
+        self.saved_step = state.step
+        if trainer.groups.rank == 0 and config.checkpoint.keep_last:
+            prune(self.root, config.checkpoint.keep_last)
+
+    @staticmethod
+    def _generators() -> dict[str, torch.Tensor]:
+        states = {"cpu_generator": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            states["cuda_generator"] = torch.cuda.get_rng_state()
+        return states
+
+    @staticmethod
+    def _restore_generators(states: dict[str, torch.Tensor] | None) -> None:
+        """Nothing of ours draws from them; a rank that did not exist before keeps its fresh ones."""
+        if states:
+            torch.set_rng_state(states["cpu_generator"])
+            if torch.cuda.is_available() and "cuda_generator" in states:
+                torch.cuda.set_rng_state(states["cuda_generator"])

@@ -1,0 +1,136 @@
+"""Progress line, TensorBoard and metrics.jsonl (rank 0)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from swax_megatron.callbacks.callback import Callback
+from swax_megatron.config import to_dict, to_yaml
+from swax_megatron.hardware import peak_tflops
+from swax_megatron.model.cost import param_count, training_flops
+from swax_megatron.trainer import StepResult, Trainer
+
+_log = logging.getLogger(__name__)
+
+
+class Metrics(Callback):
+    """Every step's scalars, one x-axis: the 0-based step. A resumed run drops what a killed one wrote beyond its checkpoint."""
+
+    def __init__(self, run_dir: str) -> None:
+        self.run_dir = Path(run_dir)
+        self.writer: SummaryWriter | None = None
+        self.peak = 0.0
+
+    def on_start(self, trainer: Trainer) -> None:
+        config, first = trainer.config, trainer.state.step
+        self.peak = peak_tflops(config.monitor.peak_tflops, config.train.precision, trainer.groups.device)  # on every rank: equal load
+        self.started, self.productive, self.first = time.perf_counter(), 0.0, first
+        if trainer.groups.rank != 0:
+            return
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.path = self.run_dir / "metrics.jsonl"
+        _keep_steps_before(self.path, first)
+        self.lines = self.path.open("a", encoding="utf-8")
+        self.writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=first)
+        self.writer.add_text("config", "```yaml\n" + to_yaml(config) + "```", first)
+        self.writer.add_text("hparams", json.dumps(_flat(to_dict(config)), indent=1), first)
+        _log.info(
+            "%s parameters, step %d of %d, %d processes (tensor %d, pipeline %d, data %d) on %s, run directory %s",
+            f"{param_count(config.model):,}",
+            first,
+            config.train.steps,
+            trainer.groups.world_size,
+            trainer.groups.tensor_size,
+            trainer.groups.pipeline_size,
+            trainer.groups.data_size,
+            trainer.groups.device.type,
+            self.run_dir,
+        )
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        if self.writer is None:
+            return
+        metrics, config = result.metrics, trainer.config
+        rate = result.tokens / result.seconds / trainer.groups.world_size
+        tflops = training_flops(config.model, config.data.sequence_length, result.windows) * rate / 1e12
+        self.productive += result.seconds
+        metrics.update(
+            {
+                "throughput/tokens_per_second_per_device": rate,
+                "throughput/model_tflops": tflops,
+                "throughput/mfu": tflops / self.peak,
+                "goodput/fraction": self.productive / max(time.perf_counter() - self.started, self.productive),
+                "data/epoch": max(trainer.data.epochs(trainer.state.data).values()),
+                **_memory(trainer.groups.device),
+            }
+        )
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, result.step)
+        self.lines.write(json.dumps({"step": result.step, **metrics}) + "\n")
+        self.lines.flush()
+        last = result.step + 1 == config.train.steps
+        if last or result.step == self.first or (result.step + 1) % config.monitor.log_interval == 0:
+            _log.info(self._progress(trainer, result))
+
+    def on_end(self, trainer: Trainer) -> None:
+        if self.writer is not None:
+            self.writer.close()
+            self.lines.flush()
+            os.fsync(self.lines.fileno())
+            self.lines.close()
+
+    def _progress(self, trainer: Trainer, result: StepResult) -> str:
+        metrics, total = result.metrics, trainer.config.train.steps
+        done = result.step + 1
+        eta = (time.perf_counter() - self.started) / (done - self.first) * (total - done)
+        validation = f" · validation {metrics['loss/validation']:.4f}" if "loss/validation" in metrics else ""
+        speed = metrics["throughput/tokens_per_second_per_device"] * trainer.groups.world_size
+        return (
+            f"step {done}/{total} · loss {metrics['loss/train']:.4f}{validation} · window {result.window} · "
+            f"{speed:,.0f} tok/s · MFU {metrics['throughput/mfu']:.1%} · ETA {_clock(eta)}"
+        )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    if device.type != "cuda":
+        return {}
+    return {
+        "memory/max_reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30,
+        "memory/alloc_retries": float(torch.cuda.memory_stats(device).get("num_alloc_retries", 0)),
+    }
+
+
+def _flat(node: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in node.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def _keep_steps_before(path: Path, step: int) -> None:
+    """Drop the lines of steps that will be done again, and a half-written last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] < step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue  # a killed process may leave half a line
+    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    aside.replace(path)

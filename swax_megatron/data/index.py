@@ -1,0 +1,113 @@
+"""The index beside each tar: where every document of a shard lies.
+
+One flat array of little-endian uint64 words, so that ``numpy.memmap(path, "<u8")`` is the whole parser:
+
+* 8 words of header: magic, version, documents D, tokens, members M, bytes of the tar, bytes an id, 1 if there are loss masks;
+* M rows of 4 words: byte offset of the member's ids, its first token, its first document, byte offset of its loss mask (0: none);
+* D + 1 words: the first token of each document, counted from the start of the shard, then the shard's number of tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+MAGIC = int.from_bytes(b"SWAXIDX\0", "little")
+INDEX_VERSION = 1
+HEADER_WORDS = 8
+MEMBER_WORDS = 4
+
+
+@dataclass(frozen=True)
+class IndexHeader:
+    """The counts of a shard as its index states them."""
+
+    documents: int
+    tokens: int
+    members: int
+    tar_bytes: int
+    item_size: int
+    has_mask: bool
+
+    @property
+    def words(self) -> int:
+        """Length of the whole index in 8-byte words."""
+        return HEADER_WORDS + MEMBER_WORDS * self.members + self.documents + 1
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """A parsed index: ``members`` (M, 4) and ``starts`` (D + 1), both int64."""
+
+    header: IndexHeader
+    members: np.ndarray
+    starts: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, its EOS included: (D,) int64."""
+        return np.diff(self.starts)
+
+    def document_offsets(self, column: int, item_size: int) -> np.ndarray:
+        """Position of each document in the tar, in items of ``item_size`` bytes: (D,) int64.
+
+        ``column`` is 0 for the ids and 3 for the loss mask. Payloads are 512-byte aligned, so the division is exact.
+        """
+        shift = self.members[:, column] // item_size - self.members[:, 1]
+        first = self.members[:, 2]
+        counts = np.diff(np.append(first, self.header.documents))
+        return self.starts[:-1] + np.repeat(shift, counts)
+
+
+def encode_index(header: IndexHeader, members: np.ndarray, starts: np.ndarray) -> bytes:
+    """The bytes of an index file."""
+    head = [MAGIC, INDEX_VERSION, header.documents, header.tokens, header.members, header.tar_bytes, header.item_size, header.has_mask]
+    words = np.concatenate([np.array(head, "<u8"), np.asarray(members).astype("<u8").ravel(), np.asarray(starts).astype("<u8")])
+    return words.tobytes()
+
+
+def read_header(path: Path) -> IndexHeader:
+    """The header of an index; ValueError where the file is none, newer than this program, or of the wrong length."""
+    try:
+        words = np.fromfile(path, "<u8", count=HEADER_WORDS)
+        size = path.stat().st_size
+    except OSError as error:
+        raise ValueError(f"index {path} cannot be read: {error.strerror}; copy the data set again") from error
+    if len(words) < HEADER_WORDS or int(words[0]) != MAGIC:
+        raise ValueError(f"index {path} is not a shard index; copy the data set again")
+    if int(words[1]) > INDEX_VERSION:
+        raise ValueError(f"index {path} has version {int(words[1])}, newer than this program's {INDEX_VERSION}: update swax_megatron")
+    header = IndexHeader(*(int(word) for word in words[2:7]), has_mask=bool(words[7]))
+    if size != 8 * header.words:
+        raise ValueError(f"index {path} has {size} bytes where its header states {8 * header.words}; copy the data set again")
+    return header
+
+
+def read_index(path: Path) -> ShardIndex:
+    """The whole index, checked against itself; raises ValueError as ``read_header`` does."""
+    header = read_header(path)
+    words = np.fromfile(path, "<i8")
+    members = words[HEADER_WORDS : HEADER_WORDS + MEMBER_WORDS * header.members].reshape(-1, MEMBER_WORDS)
+    starts = words[HEADER_WORDS + MEMBER_WORDS * header.members :]
+    index = ShardIndex(header, members, starts)
+    if not _consistent(index):
+        raise ValueError(f"index {path} contradicts itself; copy the data set again")
+    return index
+
+
+def _consistent(index: ShardIndex) -> bool:
+    header, members, starts = index.header, index.members, index.starts
+    if header.item_size not in (2, 4) or header.documents < 1 or header.members < 1:
+        return False
+    if starts[0] != 0 or starts[-1] != header.tokens or (np.diff(starts) < 1).any():
+        return False
+    first = members[:, 2]
+    if first[0] != 0 or (np.diff(first) < 1).any() or first[-1] >= header.documents or (members[:, 1] != starts[first]).any():
+        return False
+    tokens = np.diff(np.append(members[:, 1], header.tokens))
+    aligned = (members[:, 0] % 512 == 0).all() and (members[:, 3] % 512 == 0).all()
+    fits = (members[:, 0] > 0).all() and (members[:, 0] + tokens * header.item_size <= header.tar_bytes).all()
+    mask_fits = not header.has_mask or ((members[:, 3] > 0).all() and (members[:, 3] + tokens <= header.tar_bytes).all())
+    return bool(aligned and fits and mask_fits)

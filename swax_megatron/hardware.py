@@ -1,0 +1,37 @@
+"""The dense peak of one device, against which model FLOPs utilisation is told."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+# Dense bf16 TFLOP/s of the vendors' datasheets (no sparsity), by a piece of the device's name.
+_BF16_PEAKS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "H800": 989.0, "B200": 2250.0, "GB200": 2250.0, "A100": 312.0, "L40S": 362.0}
+
+
+def peak_tflops(configured: float | None, precision: str, device: torch.device) -> float:
+    """The configured peak; else the datasheet's for a known GPU in bf16; else a matrix product measured now."""
+    if configured is not None:
+        return configured
+    if device.type == "cuda" and precision == "bf16":
+        name = torch.cuda.get_device_name(device)
+        for piece, peak in _BF16_PEAKS.items():
+            if piece in name:
+                return peak
+    return _measured_tflops(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+def _measured_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """The best of several square products: what this process can reach here."""
+    size = 4096 if device.type == "cuda" else 768
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        started = time.perf_counter()
+        product = a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    assert product.shape == (size, size)
+    return 2.0 * size**3 / best / 1e12

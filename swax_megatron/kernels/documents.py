@@ -1,0 +1,49 @@
+"""Packed documents: `cu_seqlens` boundaries, their checks, and per-token document numbers.
+
+`cu_seqlens` is an int32 vector (N+1,) of boundaries over the flattened (B*T) tokens, from 0 to B*T, not decreasing, and every
+row end is one of them: a document never spans two rows. Repeated boundaries are empty documents and mean nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+from torch import Tensor
+
+
+def check_cu_seqlens(cu_seqlens: Tensor | None, batch: int, length: int, device: torch.device) -> None:
+    """Raise ValueError unless `cu_seqlens` is None or valid for (batch, length) tokens on `device`.
+
+    Values are read only where that costs no device synchronisation (CPU tensors).
+    """
+    if cu_seqlens is None:
+        return
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
+        what = f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise ValueError(f"cu_seqlens must be an int32 vector of at least 2 boundaries, got {what}")
+    if cu_seqlens.device != device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device} but the inputs are on {device}: move it there")
+    if cu_seqlens.device.type != "cpu":
+        return
+    total = batch * length
+    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != total:
+        raise ValueError(f"cu_seqlens must start at 0 and end at B*T = {total}, got {int(cu_seqlens[0])} and {int(cu_seqlens[-1])}")
+    if bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
+        raise ValueError("cu_seqlens must not decrease")
+    row_ends = torch.arange(1, batch, dtype=torch.int32) * length
+    if not bool(torch.isin(row_ends, cu_seqlens).all()):
+        raise ValueError(f"cu_seqlens must hold every row end (multiples of T = {length}): a document cannot span two rows")
+
+
+def document_numbers(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
+    """(B, T) int64: the document of each token, not decreasing along a row."""
+    tokens = torch.arange(batch * length, device=cu_seqlens.device, dtype=torch.int32)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True).view(batch, length)
+
+
+@functools.cache
+def log_once(logger: logging.Logger, message: str) -> None:
+    """Log `message` at INFO the first time it is asked for in this process."""
+    logger.info(message)

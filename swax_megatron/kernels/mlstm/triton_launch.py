@@ -1,0 +1,217 @@
+"""Launches of the mLSTM's Triton kernels: scratch, grids and the table of tile sizes. No autograd here (see `triton_op.py`).
+
+Legend: b batch, t time, h heads, k = d_qk, v = d_v, c chunk; TP = C * LC padded tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import triton_cell as cell
+from . import triton_gates as gates
+from . import triton_norm as norm
+
+
+class Tile(NamedTuple):
+    """Tile sizes of one kernel, its warps and its software-pipeline depth."""
+
+    sizes: dict[str, int]
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, int]:
+        return {**self.sizes, "num_warps": self.warps, "num_stages": self.stages}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every kernel's tiles for one shape class (d_qk, d_v). chunk: tokens between two saved states; block: rows of a pair block."""
+
+    chunk: int
+    block: int
+    states: Tile
+    outputs: Tile
+    state_gradients: Tile
+    pairs: Tile
+    dq: Tile
+    dk: Tile
+    dv: Tile
+
+
+def _config(chunk: int, block: int, d_qk: int, d_v: int, state: tuple[int, int], wide: int) -> Config:
+    states = Tile({"BK": state[0], "BV": state[1], "BT": 64}, 4, 3)
+    combined = {"BM": block, "BS": 64, "BD": 64}
+    return Config(
+        chunk=chunk,
+        block=block,
+        states=states,
+        outputs=Tile({"BT": block, "BS": 64, "BV": min(d_v, wide), "BD": 64}, 8, 2),
+        state_gradients=states,
+        pairs=Tile({"BD": 64}, 8, 3),
+        dq=Tile({**combined, "BN": d_qk}, 8, 3),
+        dk=Tile({**combined, "BN": d_qk}, 8, 3),
+        dv=Tile({**combined, "BN": min(d_v, wide)}, 8, 3),
+    )
+
+
+CONFIGS: dict[tuple[int, int], Config] = {
+    (64, 64): _config(128, 128, 64, 64, (64, 64), 64),
+    (64, 128): _config(128, 128, 64, 128, (64, 64), 128),
+    (128, 256): _config(256, 128, 128, 256, (64, 64), 256),
+    (256, 512): _config(256, 128, 256, 512, (64, 64), 256),
+}
+
+_PRODUCT = {torch.bfloat16: (tl.bfloat16, torch.bfloat16), torch.float16: (tl.bfloat16, torch.bfloat16), torch.float32: (tl.float32, torch.float32)}
+
+
+def rows(x: Tensor) -> Tensor:
+    """x itself when its last dimension is dense (the kernels take any other stride), else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    return x.stride(0), x.stride(1), x.stride(2)
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs besides inputs and h. tokens: (6, B*H, TP) float32 = row, col, m, wq, wk, den."""
+
+    tokens: Tensor
+    decay: Tensor
+    states: Tensor
+    norms: Tensor
+
+
+def forward(q, k, v, igate, fgate, start, c0, n0, m0, want_state: bool, gate_cap: float, eps: float, config: Config):
+    """h (B, T, H, V), the final state (or three empty tensors) and `Saved`. start: (B, T) int32 first token of each token's document."""
+    batch, length, heads, d_qk = q.shape
+    d_v, bh, lc = v.shape[-1], batch * heads, config.chunk
+    chunks = triton.cdiv(length, lc)
+    q, k, v = rows(q), rows(k), rows(v)
+    dt, product = _PRODUCT[q.dtype]
+    scale, documents = d_qk**-0.5, start is not None
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, device=q.device, dtype=dtype)
+
+    tokens, raw, summary = empty(6, bh, chunks * lc), empty(3, bh, chunks * lc), empty(2, bh, chunks)
+    decay, m_end = empty(bh, chunks), empty(batch, heads)
+    row, col, mt, wq, wk, den = tokens
+    per_chunk = (chunks, bh)
+    gates.chunk_gates[per_chunk](
+        igate, fgate, start, *raw, *summary, length, heads, chunks, *_strides(igate), *_strides(fgate), gate_cap,
+        LC=lc, DOCUMENTS=documents, num_warps=4,
+    )  # fmt: skip
+    gates.token_weights[per_chunk](
+        *raw, *summary, m0, start, row, col, mt, wq, wk, decay, m_end, length, heads, chunks,
+        LC=lc, SUMMARIES=128, DOCUMENTS=documents, INITIAL=m0 is not None, num_warps=4,
+    )  # fmt: skip
+
+    states, norms = empty(bh, chunks, d_qk, d_v, dtype=product), empty(bh, chunks, d_qk)
+    c_end, n_end = (empty(batch, heads, d_qk, d_v), empty(batch, heads, d_qk)) if want_state else (empty(0), empty(0))
+    tile = config.states.sizes
+    cell.chunk_states[(d_qk // tile["BK"] * (d_v // tile["BV"]), bh)](
+        k, v, wk, wk, decay, c0, n0, None, None, states, norms, c_end, n_end, None,
+        length, heads, chunks, *_strides(k), *_strides(v),
+        K=d_qk, V=d_v, LC=lc, START=c0 is not None, END=want_state, REVERSE=False, DT=dt, **config.states.options(),
+    )  # fmt: skip
+    h = torch.empty(batch, length, heads, d_v, device=q.device, dtype=v.dtype)
+    tile = config.outputs.sizes
+    cell.chunk_outputs[(triton.cdiv(length, tile["BT"]) * (d_v // tile["BV"]), bh)](
+        q, k, v, row, col, mt, wq, states, norms, start, h, den,
+        length, heads, chunks, *_strides(q), *_strides(k), *_strides(v), scale, eps,
+        K=d_qk, V=d_v, LC=lc, DOCUMENTS=documents, DT=dt, **config.outputs.options(),
+    )  # fmt: skip
+    return h, c_end, n_end, m_end if want_state else empty(0), Saved(tokens, decay, states, norms)
+
+
+def backward(q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, saved: Saved, want_initial: bool, gate_cap, eps, config: Config):
+    """Gradients of q, k, v, igate, fgate, and of the initial (C, n) (or two empty tensors). dot: <dh, h> (B, T, H) if known."""
+    batch, length, heads, d_qk = q.shape
+    d_v, bh, lc, block = v.shape[-1], batch * heads, config.chunk, config.block
+    chunks, blocks = saved.decay.shape[1], lc // block
+    q, k, v, dh = rows(q), rows(k), rows(v), rows(dh)
+    dt, product = _PRODUCT[q.dtype]
+    scale, documents = d_qk**-0.5, start is not None
+    row, col, mt, wq, wk, den = saved.tokens
+    size = (length, heads, chunks)
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, device=q.device, dtype=dtype)
+
+    padded = chunks * lc
+    rn, delta, wd, wdd, diagonal, rq, rk = empty(7, bh, padded)
+    cell.row_terms[(padded // 32, bh)](
+        dh, h, dot, den, mt, wq, rn, delta, wd, wdd, *size, *_strides(dh), scale, eps, V=d_v, LC=lc, BT=32, DOT=dot is not None, num_warps=4
+    )
+    d_states, d_norms = empty(bh, chunks, d_qk, d_v, dtype=product), empty(bh, chunks, d_qk)
+    dc0, dn0 = (empty(batch, heads, d_qk, d_v), empty(batch, heads, d_qk)) if want_initial else (empty(0), empty(0))
+    tile = config.state_gradients.sizes
+    tiles = d_qk // tile["BK"] * (d_v // tile["BV"])
+    passed = empty(bh, chunks, tiles)
+    cell.chunk_states[(tiles, bh)](
+        q, dh, wd, wdd, saved.decay, dc_end, dn_end, saved.states, saved.norms, d_states, d_norms, dc0, dn0, passed,
+        *size, *_strides(q), *_strides(dh),
+        K=d_qk, V=d_v, LC=lc, START=dc_end is not None, END=want_initial, REVERSE=True, DT=dt, **config.state_gradients.options(),
+    )  # fmt: skip
+
+    p, ds = empty(bh, chunks, lc, lc, dtype=product), empty(bh, chunks, lc, lc, dtype=product)
+    row_sum, col_sum = empty(bh, blocks, padded), empty(bh, blocks, padded)
+    cell.pair_gradients[(blocks * (blocks + 1) // 2, chunks, bh)](
+        q, k, v, dh, row, col, rn, delta, start, p, ds, row_sum, col_sum, diagonal,
+        *size, *_strides(q), *_strides(k), *_strides(v), *_strides(dh), scale,
+        K=d_qk, V=d_v, LC=lc, BT=block, DOCUMENTS=documents, DT=dt, **config.pairs.options(),
+    )  # fmt: skip
+
+    def combine(like, x, y, z, pairs, states, norms, weight, bias, sums, by_value, keys, tile):
+        """by_value: contract the state over its value side."""
+        d, n = x.shape[-1], like.shape[-1]
+        out = torch.empty(like.shape, device=like.device, dtype=like.dtype)
+        cell.combine[(padded // tile.sizes["BM"] * (n // tile.sizes["BN"]), bh)](
+            x, y, z, pairs, states, norms, weight, bias, out, sums,
+            *size, *_strides(x), *_strides(y), *_strides(x if z is None else z), 1 if by_value else n, d if by_value else 1,
+            D=d, N=n, LC=lc, KEYS=keys, SUMS=z is not None, DT=dt, **tile.options(),
+        )  # fmt: skip
+        return out
+
+    dq = combine(q, dh, k, q, ds, saved.states, saved.norms, wd, wdd, rq, True, False, config.dq)
+    dk = combine(k, v, q, k, ds, d_states, d_norms, wk, wk, rk, True, True, config.dk)
+    dv = combine(v, k, dh, None, p, d_states, None, wk, None, None, False, True, config.dv)
+    di, df = empty(batch, length, heads), empty(batch, length, heads)
+    gates.gate_gradients[(chunks, bh)](
+        igate, fgate, start, row_sum, col_sum, diagonal, rq, rk, passed, di, df, *size, tiles, *_strides(igate), *_strides(fgate), gate_cap,
+        LC=lc, BLOCKS=blocks, TILE_BLOCK=64, DOCUMENTS=documents, num_warps=4,
+    )  # fmt: skip
+    return dq, dk, dv, di, df, dc0, dn0
+
+
+def norm_gate_forward(h: Tensor, ogate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """y (B, T, H, V) in the gate's dtype. ogate (B, T, H, V) whose batch and time strides merge; weight (H * V)."""
+    batch, length, heads, d_v = h.shape
+    y = torch.empty(h.shape, device=h.device, dtype=ogate.dtype)
+    total = batch * length * heads
+    norm.norm_gate[(triton.cdiv(total, 8),)](
+        h, ogate, weight, y, total, heads, ogate.stride(1), ogate.stride(2), eps, V=d_v, BR=8, num_warps=4
+    )
+    return y
+
+
+def norm_gate_backward(dy: Tensor, h: Tensor, ogate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dh, dogate (B, T, H, V), dweight (H * V), and <dh, h> (B, T, H)."""
+    batch, length, heads, d_v = h.shape
+    dh = torch.empty(h.shape, device=h.device, dtype=h.dtype)
+    dogate = torch.empty(h.shape, device=h.device, dtype=ogate.dtype)
+    dot = torch.empty(h.shape[:3], device=h.device, dtype=torch.float32)
+    programs = max(1, min(512 // heads, triton.cdiv(batch * length, 8)))
+    partial = torch.empty(programs, heads * d_v, device=h.device, dtype=torch.float32)
+    norm.norm_gate_gradients[(programs, heads)](
+        dy, h, ogate, weight, dh, dogate, dot, partial,
+        batch * length, heads, dy.stride(1), dy.stride(2), ogate.stride(1), ogate.stride(2), eps, V=d_v, BR=8, num_warps=4,
+    )  # fmt: skip
+    return dh, dogate, partial.sum(0).to(weight.dtype), dot

@@ -1,0 +1,73 @@
+"""Causal sliding-window attention: one entry point over the plain-torch reference and the Triton kernels.
+
+Legend: b batch, t time, h query heads, g key/value heads, d head size.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from ..documents import check_cu_seqlens, log_once
+from .reference import swa_blocked
+
+__all__ = ["swa", "swa_blocked"]
+
+_log = logging.getLogger(__name__)
+_INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def swa(
+    q_bthd: Tensor,
+    k_btgd: Tensor,
+    v_btgd: Tensor,
+    window: int,
+    *,
+    cu_seqlens: Tensor | None = None,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Causal softmax attention over a sliding window: a query sees itself and the window - 1 keys before it, in its document.
+
+    q (B, T, H, D), k and v (B, T, G, D) with G dividing H (query heads h*H/G ... share key head h); window >= 1, and a window
+    of T or more is full causal attention. cu_seqlens: int32 document boundaries over the flattened B*T (see
+    `kernels.documents`); None: each row is one document. softmax_scale: default D^-0.5.
+
+    Returns (B, T, H, D) in q's dtype; softmax in float32. Time and memory O(T * window). Raises ValueError naming the argument.
+    """
+    _check(q_bthd, k_btgd, v_btgd, window, cu_seqlens, backend)
+    if backend == "triton":
+        raise ValueError("backend 'triton' is not available for sliding-window attention in this build: use 'reference' or 'auto'")
+    if backend == "auto":
+        log_once(_log, f"sliding-window attention on {q_bthd.device.type}: plain-torch reference")
+    with torch.autocast(q_bthd.device.type, enabled=False):
+        return swa_blocked(q_bthd, k_btgd, v_btgd, window, cu_seqlens=cu_seqlens, softmax_scale=softmax_scale)
+
+
+def _check(q, k, v, window, cu_seqlens, backend) -> None:
+    """Every argument error, before any work."""
+    named = {"q": q, "k": k, "v": v}
+    for name, x in named.items():
+        if not isinstance(x, Tensor) or x.ndim != 4 or 0 in x.shape:
+            found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name} must be a tensor of shape (B, T, heads, D) with no empty dimension, got {found}")
+    if q.dtype not in _INPUT_DTYPES:
+        raise ValueError(f"q has dtype {q.dtype}; it must be one of {', '.join(str(d) for d in _INPUT_DTYPES)}")
+    batch, length, heads, d = q.shape
+    for name in ("k", "v"):
+        x = named[name]
+        if x.shape[:2] != q.shape[:2] or x.shape[3] != d:
+            raise ValueError(f"{name} must have shape ({batch}, {length}, kv_heads, {d}), got {tuple(x.shape)}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}: they must agree")
+    if v.shape != k.shape:
+        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    if heads % k.shape[2]:
+        raise ValueError(f"k has {k.shape[2]} heads, which do not divide the {heads} heads of q")
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise ValueError(f"window must be an integer >= 1, got {window!r}")
+    check_cu_seqlens(cu_seqlens, batch, length, q.device)
+    if backend not in ("auto", "reference", "triton"):
+        raise ValueError(f"backend must be 'auto', 'reference' or 'triton', got {backend!r}")

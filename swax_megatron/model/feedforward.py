@@ -1,0 +1,25 @@
+"""SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x)), hidden units split over the tensor-parallel ranks."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swax_megatron.model.linear import ColumnLinear, RowLinear, enter_tensor_parallel, leave_tensor_parallel
+from swax_megatron.model.transformer_config import SwaxTransformerConfig
+
+
+class SwiGLU(nn.Module):
+    """Separate gate and up projections: a checkpoint then needs no knowledge of how a fused one interleaves over ranks."""
+
+    def __init__(self, config: SwaxTransformerConfig, **_: object) -> None:
+        super().__init__()
+        self.config = config
+        self.gate_proj = ColumnLinear(config, config.hidden_size, config.ffn_hidden_size)
+        self.up_proj = ColumnLinear(config, config.hidden_size, config.ffn_hidden_size)
+        self.down_proj = RowLinear(config, config.ffn_hidden_size, config.hidden_size)
+
+    def forward(self, x_sbh: Tensor, **_: object) -> tuple[Tensor, None]:
+        x_sbh = enter_tensor_parallel(x_sbh, self.config)
+        y_sbh = self.down_proj(F.silu(self.gate_proj(x_sbh)) * self.up_proj(x_sbh))
+        return leave_tensor_parallel(y_sbh, self.config), None

@@ -1,0 +1,42 @@
+"""Layer kinds as Megatron-core ModuleSpecs: one TransformerLayer whose mixer is chosen by the pattern's letter."""
+
+from __future__ import annotations
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules, get_transformer_layer_offset
+from torch import nn
+
+from swax_megatron.model.feedforward import SwiGLU
+from swax_megatron.model.layers.full.mixer import FullAttentionMixer
+from swax_megatron.model.layers.mlstm.mixer import MlstmMixer
+from swax_megatron.model.layers.swa.mixer import AttentionMixer
+from swax_megatron.model.norm import RMSNorm
+from swax_megatron.model.pattern import parse_pattern
+from swax_megatron.model.transformer_config import SwaxTransformerConfig
+
+MIXERS: dict[str, type[nn.Module]] = {"M": MlstmMixer, "S": AttentionMixer, "F": FullAttentionMixer}
+
+
+def layer_spec(kind: str) -> ModuleSpec:
+    """x + mixer(norm(x)), then x + SwiGLU(norm(x))."""
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(module=MIXERS[kind]),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=SwiGLU,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def stage_spec(config: SwaxTransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage (TransformerBlock does not slice an explicit list itself)."""
+    kinds = parse_pattern(config.model.pattern)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(kind) for kind in kinds[first : first + count]], layer_norm=RMSNorm)

@@ -1,0 +1,48 @@
+"""The two norms: RMSNorm on the residual stream, a per-head LayerNorm on the mLSTM's output."""
+
+from __future__ import annotations
+
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swax_megatron.model.linear import new_parameter
+from swax_megatron.model.parameters import Initial, declare
+from swax_megatron.model.transformer_config import SwaxTransformerConfig
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019).
+
+    Megatron's own wrapper refuses sequence parallelism; here the weight says that its gradient is a partial sum then.
+    """
+
+    def __init__(self, config: SwaxTransformerConfig, hidden_size: int, eps: float, **_: object) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = declare(new_parameter(config, hidden_size), Initial("constant", 1.0), sequence_parallel=config.sequence_parallel)
+
+    def forward(self, x_sbh: Tensor) -> Tensor:
+        return F.rms_norm(x_sbh, (x_sbh.shape[-1],), self.weight, self.eps)
+
+
+class HeadNorm(nn.Module):
+    """LayerNorm of every head by itself: mean subtracted, weight only, reductions in fp32.
+
+    The weight has one entry a channel of all heads, split over the tensor-parallel ranks like the heads: a weight
+    shared by heads would be replicated while each rank sees only its own heads, and would drift apart.
+    """
+
+    def __init__(self, config: SwaxTransformerConfig, channels: int) -> None:
+        super().__init__()
+        self.eps = config.model.norm_eps
+        self.weight = declare(
+            new_parameter(config, channels // config.tensor_model_parallel_size), Initial("constant", 1.0), shard_dim=0
+        )
+
+    def forward(self, h_bthv: Tensor) -> Tensor:
+        """(B, T, H, D) -> (B, T, H * D)"""
+        normed = F.layer_norm(h_bthv.float(), (h_bthv.shape[-1],), eps=self.eps)
+        return (normed.flatten(-2) * self.weight.float()).to(h_bthv.dtype)
+
+

@@ -1,0 +1,124 @@
+"""SwaxModel: Megatron-core's LanguageModule and TransformerBlock around our layers.
+
+Legend: s sequence, b batch, v vocabulary entries of this tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel import ColumnParallelLinear, reduce_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor
+
+from swax_megatron.config import Config
+from swax_megatron.model import parameters
+from swax_megatron.model.cost import padded_vocab_size
+from swax_megatron.model.layers.specs import stage_spec
+from swax_megatron.model.transformer_config import SwaxTransformerConfig, transformer_config
+from swax_megatron.parallel.context import SequenceContext
+from swax_megatron.parallel.groups import Groups
+
+
+class SwaxModel(LanguageModule):
+    """One pipeline chunk of the language model: embedding on the first, head and loss on the last."""
+
+    def __init__(self, config: SwaxTransformerConfig, sequence_length: int, pre_process: bool, post_process: bool, vp_stage: int | None):
+        super().__init__(config, pg_collection=config.groups)
+        self.model_type = ModelType.encoder_or_decoder  # Megatron's schedules read it
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.share_embeddings_and_output_weights = config.model.tie_embeddings
+        self.padded_vocab_size = padded_vocab_size(config.model.vocab_size)
+        table = parameters.Initial("normal", config.model.init_std)
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config, self.padded_vocab_size, sequence_length, position_embedding_type="none", tp_group=config.groups.tp
+            )
+            parameters.declare(self.embedding.word_embeddings.weight, table, shard_dim=0)
+        self.decoder = TransformerBlock(
+            config,
+            stage_spec(config, vp_stage),
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=config.groups,
+            vp_stage=vp_stage,
+        )
+        if post_process:
+            self.output_layer = ColumnParallelLinear(
+                config.hidden_size,
+                self.padded_vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                gather_output=False,
+                skip_weight_param_allocation=pre_process and config.model.tie_embeddings,
+                tp_group=config.groups.tp,
+            )
+            if self.output_layer.weight is not None:
+                parameters.declare(self.output_layer.weight, table, shard_dim=0)
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """The hidden states received from the previous stage (called by Megatron's schedules)."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(self, tokens_bt: Tensor, context: SequenceContext, targets_bt: Tensor | None = None) -> Tensor:
+        """Hidden states (s, b, h) on a stage before the last; on the last stage logits (s, b, v) or, with targets,
+        the losses of every token, (1 or 2, b, s) fp32: the cross-entropy and, where it is on, the z-loss.
+        """
+        hidden_sbh = self.embedding(tokens_bt, None) if self.pre_process else None
+        hidden_sbh = self.decoder(hidden_sbh, attention_mask=None, packed_seq_params=context)
+        if not self.post_process:
+            return hidden_sbh
+        shared = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits_sbv = self._cap_and_mask(self.output_layer(hidden_sbh, weight=shared)[0])
+        return logits_sbv if targets_bt is None else self._token_losses(logits_sbv, targets_bt.transpose(0, 1).contiguous())
+
+    def _vocabulary_start(self) -> int:
+        return self.tp_group.rank() * (self.padded_vocab_size // self.tp_group.size())
+
+    def _cap_and_mask(self, logits_sbv: Tensor) -> Tensor:
+        """The soft cap first, then -inf on the padding of the vocabulary: padding can then never take probability."""
+        logits_sbv = logits_sbv.float()
+        cap = self.config.model.logit_cap
+        if cap:
+            logits_sbv = cap * torch.tanh(logits_sbv / cap)
+        real = self.config.model.vocab_size - self._vocabulary_start()
+        if real < logits_sbv.shape[-1]:
+            padding = torch.arange(logits_sbv.shape[-1], device=logits_sbv.device) >= real
+            logits_sbv = logits_sbv.masked_fill(padding, float("-inf"))
+        return logits_sbv
+
+    def _token_losses(self, logits_sbv: Tensor, targets_sb: Tensor) -> Tensor:
+        if not self.config.z_loss:
+            losses_lsb = vocab_parallel_cross_entropy(logits_sbv, targets_sb).unsqueeze(0)
+        else:
+            local_sb = targets_sb - self._vocabulary_start()
+            elsewhere = (local_sb < 0) | (local_sb >= logits_sbv.shape[-1])
+            chosen_sb = logits_sbv.gather(-1, local_sb.masked_fill(elsewhere, 0).unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
+            chosen_sb = reduce_from_tensor_model_parallel_region(chosen_sb, group=self.tp_group)
+            entropy_sb = vocab_parallel_cross_entropy(logits_sbv.clone(), targets_sb)  # it overwrites what it is given
+            log_partition_sb = entropy_sb + chosen_sb
+            losses_lsb = torch.stack([entropy_sb, self.config.z_loss * log_partition_sb.square()])
+        return losses_lsb.transpose(1, 2).contiguous()
+
+
+def build_model(config: Config, groups: Groups) -> list[SwaxModel]:
+    """This rank's model chunks (one, or virtual_pipeline many), initialised and on its device."""
+    megatron = transformer_config(config, groups)
+    chunk_count = config.parallel.virtual_pipeline or 1
+    chunks = []
+    for index in range(chunk_count):
+        chunk = SwaxModel(
+            megatron,
+            config.data.sequence_length,
+            pre_process=groups.pipeline_rank == 0 and index == 0,
+            post_process=groups.is_last_stage and index == chunk_count - 1,
+            vp_stage=index if config.parallel.virtual_pipeline else None,
+        ).to(groups.device)
+        parameters.initialize(chunk, config.train.model_seed, groups.tensor_rank, groups.tensor_size)
+        chunks.append(chunk)
+    return chunks

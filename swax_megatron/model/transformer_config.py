@@ -1,0 +1,85 @@
+"""Our configuration -> Megatron's TransformerConfig, extended by what our layers read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from swax_megatron.config import Config, KernelConfig, ModelConfig
+from swax_megatron.model.pattern import parse_pattern
+from swax_megatron.parallel.groups import Groups
+
+
+@dataclass
+class SwaxTransformerConfig(TransformerConfig):
+    """What Megatron hands to every module it builds, with the model, the kernels and the process groups beside it."""
+
+    model: ModelConfig | None = None
+    kernels: KernelConfig | None = None
+    groups: ProcessGroupCollection | None = None
+    z_loss: float = 0.0
+
+
+def stage_layout(config: Config) -> list[list[str]] | None:
+    """Megatron's explicit pipeline layout where stages are uneven; None: equal stages."""
+    counts = config.parallel.pipeline_layers
+    if counts is None:
+        return None
+    stages = [["decoder"] * count for count in counts]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
+
+
+def transformer_config(config: Config, groups: Groups) -> SwaxTransformerConfig:
+    """Megatron's view of a run. Fusions that need CUDA extensions are off, so that one path runs everywhere."""
+    model, parallel = config.model, config.parallel
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    recompute = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }[config.train.recompute]
+    return SwaxTransformerConfig(
+        model=model,
+        kernels=config.kernels,
+        groups=groups.collection,
+        z_loss=config.optimizer.z_loss,
+        num_layers=len(parse_pattern(model.pattern)),
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.attention_heads,
+        num_query_groups=model.attention_kv_heads,
+        kv_channels=model.attention_head_dim,
+        layernorm_epsilon=model.norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        activation_func=torch.nn.functional.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        pipeline_model_parallel_layout=stage_layout(config),
+        context_parallel_size=parallel.context,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        perform_initialization=False,  # parameters.initialize draws every weight by its global name
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        batch_p2p_comm=False,
+        deallocate_pipeline_outputs=True,
+        hetereogenous_dist_checkpoint=True,
+        deterministic_mode=config.train.deterministic,
+        **recompute,
+    )

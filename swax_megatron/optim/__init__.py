@@ -1,0 +1,1 @@
+"""Optimizer backends behind one interface, and the learning-rate schedule."""

@@ -1,0 +1,100 @@
+"""All of Megatron's parallel state in one object that travels as an argument."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from swax_megatron.config import Config
+from swax_megatron.parallel.device import collective_backend, select_device
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The process groups of one run and this rank's place in them."""
+
+    collection: ProcessGroupCollection
+    tensor: dist.ProcessGroup
+    pipeline: dist.ProcessGroup
+    data: dist.ProcessGroup  # data x context parallel: the ranks that average gradients
+    model: dist.ProcessGroup  # tensor x pipeline: the ranks that hold one copy of the model
+    embedding: dist.ProcessGroup | None  # first and last stage, for tied embeddings
+    cpu: dist.ProcessGroup  # every rank, gloo: small objects, checkpoints
+    device: torch.device
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.tensor.rank()
+
+    @property
+    def tensor_size(self) -> int:
+        return self.tensor.size()
+
+    @property
+    def pipeline_rank(self) -> int:
+        return self.pipeline.rank()
+
+    @property
+    def pipeline_size(self) -> int:
+        return self.pipeline.size()
+
+    @property
+    def data_rank(self) -> int:
+        return self.data.rank()
+
+    @property
+    def data_size(self) -> int:
+        return self.data.size()
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+
+def initialize(config: Config) -> Groups:
+    """Join the job (RANK, WORLD_SIZE, LOCAL_RANK as torchrun sets them) and build every group."""
+    device = select_device()
+    backend = collective_backend()
+    timeout = timedelta(seconds=config.train.distributed_timeout)
+    if not dist.is_initialized():
+        dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.parallel.tensor,
+        pipeline_model_parallel_size=config.parallel.pipeline,
+        virtual_pipeline_model_parallel_size=config.parallel.virtual_pipeline,
+        context_parallel_size=config.parallel.context,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=max(1, round(config.train.distributed_timeout / 60)),
+    )
+    model_parallel_cuda_manual_seed(config.train.model_seed)
+    return Groups(
+        collection=ProcessGroupCollection.use_mpu_process_groups(),
+        tensor=parallel_state.get_tensor_model_parallel_group(),
+        pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        data=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        model=parallel_state.get_model_parallel_group(),
+        embedding=parallel_state.get_embedding_group(check_initialized=False),
+        cpu=dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout),
+        device=device,
+    )
+
+
+def shut_down() -> None:
+    """Leave every group; a later ``initialize`` in the same process may choose another layout."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

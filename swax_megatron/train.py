@@ -1,0 +1,101 @@
+"""Pretrain a SWAX language model: the program that every rank runs.
+
+    torchrun --nproc-per-node 2 -m swax_megatron.train configs/demo.yaml train.steps=50
+
+``python -m launcher.run`` starts it on this machine with the number of processes that the configuration needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from swax_megatron.config import Config, describe, load_config, to_yaml
+from swax_megatron.parallel import device
+from swax_megatron.validate import validate
+
+_log = logging.getLogger(__name__)
+USER_ERROR = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, validate, run; the exit code is 0, or 2 after one clear sentence for an error of the user's."""
+    parser = argparse.ArgumentParser(
+        prog="python -m swax_megatron.train",
+        description=__doc__,
+        epilog="Fields (section.field=default  meaning):\n" + describe(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="YAML file, e.g. configs/demo.yaml")
+    parser.add_argument("overrides", nargs="*", help="section.field=value, e.g. train.steps=50")
+    options = parser.parse_args(arguments)
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        config = load_config(options.config, options.overrides)
+        validate(config, int(os.environ.get("WORLD_SIZE", "1")))
+        run(config)
+    except ValueError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR
+    return 0
+
+
+def run(config: Config) -> None:
+    """Join the job, build, load, fit."""
+    _single_process_defaults()
+    quiet_libraries()
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    device.install_cpu_shim()
+    # imported here: Megatron must see the shim, and --help and refused configurations need none of it
+    from swax_megatron.build import build_trainer
+    from swax_megatron.parallel import groups
+
+    joined = groups.initialize(config)
+    try:
+        trainer, checkpoints = build_trainer(config, joined)
+        checkpoints.resume(trainer)
+        if joined.rank == 0:
+            _write_resolved(config)
+        trainer.fit()
+    finally:
+        groups.shut_down()
+
+
+def _single_process_defaults() -> None:
+    """What torchrun sets, for a process started by hand."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        os.environ.setdefault(name, value)
+
+
+def quiet_libraries() -> None:
+    """Megatron and DeepSpeed warn of optional packages on every rank."""
+    import warnings
+
+    for module in ("megatron", "deepspeed", "torch.distributed"):
+        warnings.filterwarnings("ignore", module=module)
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+def _write_resolved(config: Config) -> None:
+    path = Path(config.run_dir) / "config.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    aside.write_text(to_yaml(config), encoding="utf-8")
+    aside.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""Every bad input gives one clear sentence, exit status 2, and nothing that a later step could take for whole."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from data_prep import show, tokenizer, verify
+from swax_megatron.data.shards import ShardedDataset
+from tests.texts import run_shard, small_tokenizer, texts, write_jsonl
+
+ROOT = Path(__file__).resolve().parents[2]
+GOOD = b'{"text": "fine"}\n'
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def noise(size: int) -> bytes:
+    """Text that hardly compresses, so that cutting the archive cuts the content."""
+    return b"".join(b'{"text": "%s"}\n' % os.urandom(64).hex().encode() for _ in range(size // 140))
+
+
+def flip(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :]
+
+
+def parquet(values: list, kind: pyarrow.DataType, name: str = "text") -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table({name: pyarrow.array(values, kind)}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+BAD = {
+    "no such file": ("missing.jsonl", None, "missing.jsonl does not exist"),
+    "nothing in it": ("a.jsonl", b"\n\n", "the input holds no document"),
+    "only empty documents": ("a.jsonl", b'{"text": ""}\n', "the input holds no document (skipped: 1 empty"),
+    "malformed line": ("a.jsonl", GOOD * 3 + b'{"text": "cut\n' + GOOD, "a.jsonl line 4: not valid JSON"),
+    "two records a line": ("a.jsonl", GOOD.strip() * 2 + b"\n", "a.jsonl line 1: not valid JSON"),
+    "missing key": ("a.jsonl", GOOD + b'{"body": "x", "id": 1}\n', "a.jsonl line 2: no key 'text' (it has 'body', 'id')"),
+    "not an object": ("a.jsonl", b'["text"]\n', "a.jsonl line 1: no key 'text' (it is a list)"),
+    "not a string": ("a.jsonl", b'{"text": 5}\n', "a.jsonl line 1: 'text' is a int, not a string"),
+    "invalid UTF-8 line": ("a.jsonl", GOOD + b'{"text": "\xff"}\n', "a.jsonl line 2: not valid UTF-8 at byte 10"),
+    "lone surrogate": ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl line 1: not valid UTF-8"),
+    "invalid UTF-8 file": ("a.txt", b"caf\xe9", "a.txt: not valid UTF-8 at byte 3; use --invalid-utf8 skip or replace"),
+    "cut gzip": ("a.jsonl.gz", gzip.compress(noise(1 << 18))[:-5000], "a.jsonl.gz is damaged or cut short"),
+    "damaged gzip": ("a.jsonl.gz", flip(gzip.compress(noise(1 << 18)), 70_000), "a.jsonl.gz is damaged or cut short"),
+    "no gzip": ("a.jsonl.gz", GOOD, "a.jsonl.gz is damaged or cut short"),
+    "empty gzip": ("a.jsonl.gz", b"", "a.jsonl.gz is cut short"),
+    "cut zstd": ("a.jsonl.zst", zstandard.compress(noise(1 << 18))[:-5000], "a.jsonl.zst is cut short"),
+    "damaged zstd": ("a.jsonl.zst", flip(zstandard.compress(noise(1 << 18)), 5), "a.jsonl.zst is"),
+    "no zstd": ("a.jsonl.zst", GOOD, "a.jsonl.zst is damaged"),
+    "no Parquet": ("a.parquet", GOOD, "a.parquet is damaged or no Parquet file"),
+    "cut Parquet": ("a.parquet", parquet(["x"], pyarrow.string())[:-20], "a.parquet is damaged or no Parquet file"),
+    "missing column": ("a.parquet", parquet(["x"], pyarrow.string(), "body"), "a.parquet has no column 'text' (it has body)"),
+    "column of numbers": ("a.parquet", parquet([1], pyarrow.int64()), "column 'text' of"),
+    "null cell": ("a.parquet", parquet(["x", None], pyarrow.string()), "a.parquet row 2: 'text' is null"),
+    "unknown archive": ("a.json.gz", gzip.compress(GOOD), "a.json.gz is of no known kind"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_corpus(case, tmp_path, model, capsys):
+    name, content, sentence = BAD[case]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    out = tmp_path / "sets" / "out"
+    assert run_shard(tmp_path / name, model, out) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and sentence in error
+    assert not out.parent.exists() or list(out.parent.iterdir()) == []
+
+
+def test_bad_corpus_as_the_user_sees_it(tmp_path, model):
+    (tmp_path / "a.jsonl").write_bytes(b"{broken\n")
+    for workers in (1, 2):
+        command = [sys.executable, ROOT / "data_prep" / "shard.py", "--input", "a.jsonl", "--tokenizer", model, "--out", "out"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([*command, "--workers", str(workers)], capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: a.jsonl line 1: not valid JSON") and done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_invalid_utf8_can_be_skipped_or_replaced(tmp_path, model):
+    (tmp_path / "a.jsonl").write_bytes(GOOD + b'{"text": "x\xffy"}\n{"text": "p\\ud800q"}\n{"text": "\\ud83d\\ude42"}\n')
+    assert run_shard(tmp_path / "a.jsonl", model, tmp_path / "skip", "--invalid-utf8", "skip") == 0
+    skipped = ShardedDataset(tmp_path / "skip")
+    assert skipped.documents == 2 and skipped.manifest["skipped"]["invalid_utf8"] == 2
+    assert run_shard(tmp_path / "a.jsonl", model, tmp_path / "replace", "--invalid-utf8", "replace") == 0
+    replaced = ShardedDataset(tmp_path / "replace")
+    assert replaced.documents == 4
+    assert replaced.text_bytes == len("fine" "x\ufffdy" "p\ufffd\ufffd\ufffdq" "🙂".encode())
+
+
+def test_folder_without_a_match(tmp_path, model, capsys):
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "a.py").write_text("x")
+    assert run_shard(tmp_path / "src", model, tmp_path / "out") == 2
+    assert "choose others with --glob" in capsys.readouterr().err
+
+
+def test_a_document_that_is_too_long(tmp_path, model, capsys):
+    source = write_jsonl(tmp_path / "a.jsonl", ["ok", "long " * 100])
+    assert run_shard(source, model, tmp_path / "out", "--max-document-tokens", "20") == 2
+    assert "a.jsonl line 2: " in capsys.readouterr().err
+
+
+def test_bad_tokenizer(tmp_path, capsys):
+    source = write_jsonl(tmp_path / "a.jsonl", ["x"])
+    assert run_shard(source, tmp_path / "missing.model", tmp_path / "out") == 2
+    assert "missing.model does not exist; train one" in capsys.readouterr().err
+    (tmp_path / "bad.model").write_bytes(b"not a model")
+    assert run_shard(source, tmp_path / "bad.model", tmp_path / "out") == 2
+    assert "bad.model is not a SentencePiece model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_split_is_refused(tmp_path, model, capsys):
+    source = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
+    assert run_shard(source, model, tmp_path / "out", "--validation-fraction", "0.000001") == 2
+    assert "leaves the validation set empty" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_overwrite_replaces_only_data_sets_and_only_when_whole(tmp_path, model, capsys):
+    source, out = write_jsonl(tmp_path / "a.jsonl", texts(5)), tmp_path / "out"
+    assert run_shard(source, model, out) == 0
+    before = (out / "manifest.json").read_bytes()
+    assert run_shard(source, model, out) == 2
+    assert "exists already" in capsys.readouterr().err
+    (tmp_path / "bad.jsonl").write_bytes(b"{broken\n")
+    assert run_shard(tmp_path / "bad.jsonl", model, out, "--overwrite") == 2
+    assert (out / "manifest.json").read_bytes() == before
+    assert run_shard(write_jsonl(tmp_path / "b.jsonl", texts(9)), model, out, "--overwrite") == 0
+    assert ShardedDataset(out).documents == 9
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "precious").write_text("x")
+    assert run_shard(source, model, tmp_path / "home", "--overwrite") == 2
+    assert (tmp_path / "home" / "precious").exists()
+
+
+@pytest.mark.parametrize("option", [("--workers", "0"), ("--shard-size", "x"), ("--validation-fraction", "1"), ("--shard-size", "0")])
+def test_bad_options(option, tmp_path, model):
+    with pytest.raises(SystemExit) as stopped:
+        run_shard(tmp_path, model, tmp_path / "out", *option)
+    assert stopped.value.code == 2
+
+
+def test_tokenizer_refusals(tmp_path, capsys):
+    source, out = write_jsonl(tmp_path / "a.jsonl", texts(20)), tmp_path / "t.model"
+    for size, sentence in (("100", "a vocabulary of 100 does not fit"), ("50000", "a vocabulary of 50000 does not fit")):
+        assert tokenizer.main(["--input", str(source), "--out", str(out), "--vocab-size", size]) == 2
+        assert sentence in capsys.readouterr().err
+    (tmp_path / "empty.txt").write_text("")
+    assert tokenizer.main(["--input", str(tmp_path / "empty.txt"), "--out", str(out)]) == 2
+    assert "the input holds no text" in capsys.readouterr().err
+    out.write_bytes(b"mine")
+    assert tokenizer.main(["--input", str(source), "--out", str(out), "--vocab-size", "400"]) == 2
+    assert out.read_bytes() == b"mine" and not list(tmp_path.glob("*.tmp-*"))
+
+
+def test_verify_and_show_need_a_data_set(tmp_path, model, capsys):
+    assert verify.main([str(tmp_path)]) == 2 and show.main([str(tmp_path / "missing")]) == 2
+    assert capsys.readouterr().err.count("error: no manifest.json in") == 2
+    assert run_shard(write_jsonl(tmp_path / "a.jsonl", texts(5)), model, tmp_path / "out") == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps({**manifest, "format_version": 2}))
+    assert verify.main([str(tmp_path / "out")]) == 1
+    assert "format_version 2, newer than this program's 1" in capsys.readouterr().out
