@@ -8,7 +8,7 @@ environment := .venv/.installed
 endif
 
 workers ?= 2
-pytest = $(python) -m pytest -n $(workers) --dist worksteal
+pytest = $(python) -m pytest -n $(workers) --dist loadgroup
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 

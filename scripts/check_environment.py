@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -65,11 +66,8 @@ def wrong_versions() -> list[str]:
     """Installed distributions outside the ranges of setup.py."""
     from packaging.requirements import Requirement
 
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import setup as project
-
     problems = []
-    for line in project.REQUIREMENTS:
+    for line in runpy.run_path(str(Path(__file__).resolve().parent.parent / "setup.py"))["REQUIREMENTS"]:
         requirement = Requirement(line)
         if requirement.marker and not requirement.marker.evaluate():
             continue

@@ -42,7 +42,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, prompt, device = sys.argv[1:4]
 torch.manual_seed(0)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).to(device).eval()
 ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(device)
 out = model.generate(ids, max_new_tokens=64, do_sample=True, temperature=0.7, top_k=20)
@@ -159,7 +159,7 @@ def generate(export: Path) -> str:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-I", "-W", "ignore", "-c", GENERATE, str(export.resolve()), PROMPT, device]
-    done = subprocess.run(command, cwd=export, env=clean, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=export, env=clean, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         raise Failed(f"transformers could not generate from {export}:\n{done.stderr[-2000:]}")
     return done.stdout
@@ -189,7 +189,7 @@ def demo(arguments: argparse.Namespace) -> None:
         prepare_data(data_dir, config.model.vocab_size)
         entropy = unigram_entropy(ShardedDataset(data_dir / "train"))
         print(f"   unigram entropy of the training tokens: {entropy:.3f} nats")
-    half = config.train.steps // 2
+    half = config.train.steps // 2 + 2  # a few steps past a checkpoint, so that some are done twice
     with stage(f"2/6 train at tensor 2 with sequence parallelism and ZeRO, SIGKILL after step {half}"):
         before = kill_half_way(train(arguments.config, overrides), run_dir, half)
         checkpoint = latest(run_dir / "checkpoints")

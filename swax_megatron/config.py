@@ -304,11 +304,11 @@ def _refuse_unknown(cls: type, raw: Any, prefix: str) -> None:
 
 
 def _suggest(key: str, prefix: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean '{prefix}{near[0]}'?"
+    """The right name: the same field of another section first, then what is spelt alike here, then anywhere."""
     everywhere = field_paths()
-    near = [path for path in everywhere if path.rsplit(".", 1)[-1] == key] or difflib.get_close_matches(prefix + key, everywhere, n=1)
+    near = [path for path in everywhere if path.rsplit(".", 1)[-1] == key]
+    near = near or [prefix + name for name in difflib.get_close_matches(key, names, n=1, cutoff=0.5)]
+    near = near or difflib.get_close_matches(prefix + key, everywhere, n=1)
     return f"; did you mean '{near[0]}'?" if near else f"; known fields here: {', '.join(names)}"
 
 

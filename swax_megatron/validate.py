@@ -280,11 +280,10 @@ def _optimizer(config: Config) -> None:
         )
     unit = train.global_batch_size * config.data.sequence_length if optimizer.schedule_unit == "tokens" else 1
     total = train.steps * unit
-    decay = optimizer.decay_fraction * total if optimizer.schedule == "wsd" else 0
-    if total and optimizer.warmup + decay > total:
+    if total and optimizer.warmup > total:
         raise ValueError(
-            f"optimizer.warmup={optimizer.warmup}: warm-up and decay do not fit into the run's {total} {optimizer.schedule_unit}; "
-            f"use optimizer.warmup={int(total - decay) // 2} or fewer, or more train.steps"
+            f"optimizer.warmup={optimizer.warmup}: the run has {total} {optimizer.schedule_unit} and would end in its warm-up; "
+            f"use e.g. optimizer.warmup={max(1, total // 10)}, or more train.steps"
         )
 
 

@@ -63,7 +63,11 @@ def run_shard(source: Path | Sequence[Path], model: Path, out: Path, *options: s
 
 
 def write_ids(
-    folder: Path, documents: Sequence[Sequence[int]], masks: Sequence[Sequence[int]] | None = None, vocab_size: int = 300, shard_bytes: int = 4096
+    folder: Path,
+    documents: Sequence[Sequence[int]],
+    masks: Sequence[Sequence[int]] | None = None,
+    vocab_size: int = 300,
+    shard_bytes: int = 4096,
 ) -> Path:
     """A data set of given ids, each document ending in EOS; members of about 256 ids."""
     folder.mkdir(parents=True)

@@ -30,12 +30,13 @@ A SWAX language model: mLSTM layers interleaved with sliding-window attention. {
 
 ## Use
 
-Needs `torch` and `transformers>=5.17,<6`. The folder holds its own modelling code, hence `trust_remote_code`.
+Needs `torch` and `transformers>=5.17,<6`. The folder holds its own modelling code, hence
+`trust_remote_code` (for the tokenizer it only avoids a question: it has no code).
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True, dtype="auto")
 inputs = tokenizer("The quick brown fox", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))

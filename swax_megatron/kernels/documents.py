@@ -1,4 +1,4 @@
-"""Packed documents: `cu_seqlens` boundaries, their checks, and per-token document numbers.
+"""What both kernels share: packed documents (`cu_seqlens`: checks, document numbers, bounds) and the choice of a backend.
 
 `cu_seqlens` is an int32 vector (N+1,) of boundaries over the flattened (B*T) tokens, from 0 to B*T, not decreasing, and every
 row end is one of them: a document never spans two rows. Repeated boundaries are empty documents and mean nothing.
@@ -7,10 +7,14 @@ row end is one of them: a document never spans two rows. Repeated boundaries are
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
+import os
 
 import torch
 from torch import Tensor
+
+TESTED_CAPABILITY = (9, 0)  # Hopper: where every shipped tile size was checked against float64
 
 
 def check_cu_seqlens(cu_seqlens: Tensor | None, batch: int, length: int, device: torch.device) -> None:
@@ -41,6 +45,26 @@ def document_numbers(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
     """(B, T) int64: the document of each token, not decreasing along a row."""
     tokens = torch.arange(batch * length, device=cu_seqlens.device, dtype=torch.int32)
     return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True).view(batch, length)
+
+
+def document_bounds(cu_seqlens: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor]:
+    """(B, T) int32 twice: within its row, the first token of each token's document and one past its last."""
+    document = document_numbers(cu_seqlens, batch, length)
+    row = torch.arange(batch, device=cu_seqlens.device, dtype=torch.int32)[:, None] * length
+    return cu_seqlens[document] - row, cu_seqlens[document + 1] - row
+
+
+@functools.cache
+def triton_missing(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on `device`; None if they can. Interpreted kernels (TRITON_INTERPRET=1) run on any."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda":
+        return f"Triton kernels do not run on {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability == TESTED_CAPABILITY else f"compute capability {capability} is untested, only {TESTED_CAPABILITY} was tested"
 
 
 @functools.cache

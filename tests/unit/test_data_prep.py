@@ -225,7 +225,8 @@ def test_scripts_run_as_files(tmp_path, model):
     done = call("shard.py", "--input", source, "--tokenizer", model, "--out", tmp_path / "out", "--workers", 2)
     assert done.returncode == 0 and "30 documents" in done.stdout and "MB/s" in done.stderr, done.stderr
     refused = call("shard.py", "--input", source, "--tokenizer", model, "--out", tmp_path / "out")
-    assert refused.returncode == 2 and refused.stderr == f"error: {tmp_path / 'out'} exists already; choose another --out or add --overwrite\n"
+    assert refused.returncode == 2
+    assert refused.stderr == f"error: {tmp_path / 'out'} exists already; choose another --out or add --overwrite\n"
     assert call("verify.py", tmp_path / "out").stdout == f"{tmp_path / 'out'}: whole\n"
     assert "example" in call("tokenizer.py", "--help").stdout
 

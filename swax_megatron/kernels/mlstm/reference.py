@@ -223,3 +223,13 @@ def mlstm_parallel(
     m_bht = torch.maximum(d_bhts.amax(-1), total_bht).detach()
     out = ((q @ k.transpose(-1, -2)) * torch.exp(d_bhts - m_bht[..., None])) @ ve
     return _finish(out, m_bht, eps).transpose(1, 2).to(v_bthv.dtype)
+
+
+def mlstm_fused_reference(h_bthv: Tensor, ogate_bthv: Tensor, norm_weight: Tensor, norm_eps: float) -> Tensor:
+    """sigmoid(ogate) * LayerNorm over each head's features of h (mean subtracted, weight (H * V) alone), in float32 or float64.
+
+    Returns (B, T, H, V) in ogate's dtype.
+    """
+    dtype = torch.float64 if h_bthv.dtype == torch.float64 else torch.float32
+    normed = F.layer_norm(h_bthv.to(dtype), h_bthv.shape[-1:], eps=norm_eps) * norm_weight.to(dtype).view(h_bthv.shape[2:])
+    return (normed * torch.sigmoid(ogate_bthv.to(dtype))).to(ogate_bthv.dtype)

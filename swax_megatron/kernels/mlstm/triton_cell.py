@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["T", "H", "C", "stride_xb", "stride_yb"])
+@triton.jit(do_not_specialize=["T", "H", "C"])
 def chunk_states(
     x_ptr, y_ptr, w_ptr, wn_ptr, decay_ptr, c0_ptr, n0_ptr, other_c_ptr, other_n_ptr,
     states_ptr, norms_ptr, c_end_ptr, n_end_ptr, passed_ptr,
@@ -73,7 +73,7 @@ def chunk_states(
             tl.store(n_end_ptr + bh * K + k0 + dk, norm)
 
 
-@triton.jit(do_not_specialize=["T", "H", "C", "stride_qb", "stride_kb", "stride_vb"])
+@triton.jit(do_not_specialize=["T", "H", "C"])
 def chunk_outputs(
     q_ptr, k_ptr, v_ptr, row_ptr, col_ptr, mt_ptr, wq_ptr, states_ptr, norms_ptr, start_ptr, h_ptr, den_ptr,
     T, H, C, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, scale, eps,
@@ -128,7 +128,7 @@ def chunk_outputs(
         tl.store(den_ptr + at, den)
 
 
-@triton.jit(do_not_specialize=["T", "H", "C", "stride_gb"])
+@triton.jit(do_not_specialize=["T", "H", "C"])
 def row_terms(
     dh_ptr, h_ptr, dot_ptr, den_ptr, mt_ptr, wq_ptr, rn_ptr, delta_ptr, wd_ptr, wdd_ptr,
     T, H, C, stride_gb, stride_gt, stride_gh, scale, eps,
@@ -158,7 +158,7 @@ def row_terms(
     tl.store(wdd_ptr + at, wd * delta)
 
 
-@triton.jit(do_not_specialize=["T", "H", "C", "stride_qb", "stride_kb", "stride_vb", "stride_gb"])
+@triton.jit(do_not_specialize=["T", "H", "C"])
 def pair_gradients(
     q_ptr, k_ptr, v_ptr, dh_ptr, row_ptr, col_ptr, rn_ptr, delta_ptr, start_ptr,
     p_ptr, ds_ptr, row_sum_ptr, col_sum_ptr, diagonal_ptr,
@@ -212,7 +212,7 @@ def pair_gradients(
         tl.store(diagonal_ptr + base + t, tl.sum(tl.where(t[:, None] == s[None, :], w, 0.0), 1))
 
 
-@triton.jit(do_not_specialize=["T", "H", "C", "stride_xb", "stride_yb", "stride_zb"])
+@triton.jit(do_not_specialize=["T", "H", "C"])
 def combine(
     x_ptr, y_ptr, z_ptr, pairs_ptr, states_ptr, norms_ptr, scale_ptr, bias_ptr, out_ptr, sum_ptr,
     T, H, C, stride_xb, stride_xt, stride_xh, stride_yb, stride_yt, stride_yh, stride_zb, stride_zt, stride_zh, stride_sd, stride_sn,

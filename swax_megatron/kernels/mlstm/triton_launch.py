@@ -67,12 +67,22 @@ CONFIGS: dict[tuple[int, int], Config] = {
     (256, 512): _config(256, 128, 256, 512, (64, 64), 256),
 }
 
-_PRODUCT = {torch.bfloat16: (tl.bfloat16, torch.bfloat16), torch.float16: (tl.bfloat16, torch.bfloat16), torch.float32: (tl.float32, torch.float32)}
+# The type of the products' operands and of saved states. float16 inputs are rounded to bfloat16 there: a state may exceed 65,504.
+_PRODUCT = {
+    torch.bfloat16: (tl.bfloat16, torch.bfloat16),
+    torch.float16: (tl.bfloat16, torch.bfloat16),
+    torch.float32: (tl.float32, torch.float32),
+}
 
 
 def rows(x: Tensor) -> Tensor:
     """x itself when its last dimension is dense (the kernels take any other stride), else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def flat_rows(x: Tensor) -> Tensor:
+    """x (B, T, H, D) itself when its last dimension is dense and batch and time are one stride apart, else a copy."""
+    return x if x.stride(-1) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)) else x.contiguous()
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:

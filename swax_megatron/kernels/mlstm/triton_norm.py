@@ -25,7 +25,7 @@ def norm_gate(h_ptr, o_ptr, weight_ptr, y_ptr, ROWS, H, stride_ot, stride_oh, ep
     tl.store(y_ptr + row[:, None] * V + dv[None, :], y.to(y_ptr.dtype.element_ty), mask=real)
 
 
-@triton.jit(do_not_specialize=["TOKENS", "H", "stride_gt", "stride_ot"])
+@triton.jit(do_not_specialize=["TOKENS", "H"])
 def norm_gate_gradients(
     dy_ptr, h_ptr, o_ptr, weight_ptr, dh_ptr, do_ptr, dot_ptr, dw_ptr,
     TOKENS, H, stride_gt, stride_gh, stride_ot, stride_oh, eps, V: tl.constexpr, BR: tl.constexpr,

@@ -10,7 +10,7 @@ import logging
 import torch
 from torch import Tensor
 
-from ..documents import check_cu_seqlens, log_once
+from ..documents import check_cu_seqlens, document_bounds, log_once, triton_missing
 from .reference import swa_blocked
 
 __all__ = ["swa", "swa_blocked"]
@@ -33,17 +33,41 @@ def swa(
 
     q (B, T, H, D), k and v (B, T, G, D) with G dividing H (query heads h*H/G ... share key head h); window >= 1, and a window
     of T or more is full causal attention. cu_seqlens: int32 document boundaries over the flattened B*T (see
-    `kernels.documents`); None: each row is one document. softmax_scale: default D^-0.5.
+    `kernels.documents`); None: each row is one document. softmax_scale: default D^-0.5. backend: "reference", "triton" (an error
+    where it cannot), or "auto": Triton for bfloat16 and float16 on a tested GPU and head size, else the reference, said once in
+    the log.
 
     Returns (B, T, H, D) in q's dtype; softmax in float32. Time and memory O(T * window). Raises ValueError naming the argument.
     """
     _check(q_bthd, k_btgd, v_btgd, window, cu_seqlens, backend)
-    if backend == "triton":
-        raise ValueError("backend 'triton' is not available for sliding-window attention in this build: use 'reference' or 'auto'")
-    if backend == "auto":
-        log_once(_log, f"sliding-window attention on {q_bthd.device.type}: plain-torch reference")
+    if _use_triton(backend, q_bthd):
+        from .triton_op import swa_op
+
+        start, end = (None, None) if cu_seqlens is None else document_bounds(cu_seqlens, *q_bthd.shape[:2])
+        scale = q_bthd.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        return swa_op(q_bthd, k_btgd, v_btgd, min(window, q_bthd.shape[1]), start, end, scale)[0]
     with torch.autocast(q_bthd.device.type, enabled=False):
         return swa_blocked(q_bthd, k_btgd, v_btgd, window, cu_seqlens=cu_seqlens, softmax_scale=softmax_scale)
+
+
+def _use_triton(backend: str, q: Tensor) -> bool:
+    """Whether the kernels take this call; for backend "triton" a ValueError if they cannot."""
+    if backend == "reference":
+        return False
+    reason = triton_missing(q.device)
+    if reason is None:
+        from .triton_op import HEAD_SIZES
+
+        if q.shape[-1] not in HEAD_SIZES:
+            reason = f"head size {q.shape[-1]} has no kernel; there are {', '.join(str(d) for d in HEAD_SIZES)}"
+        elif q.dtype == torch.float64 or (q.dtype == torch.float32 and q.is_cuda):
+            reason = f"the kernels take bfloat16 and float16, not {q.dtype}"
+    if backend == "triton" and reason is not None:
+        raise ValueError(f"backend 'triton' cannot run this attention: {reason}; use 'reference' or 'auto'")
+    if backend == "auto":
+        name = "sliding-window attention"
+        log_once(_log, f"{name}: Triton kernels" if reason is None else f"{name}: plain-torch reference ({reason})")
+    return reason is None
 
 
 def _check(q, k, v, window, cu_seqlens, backend) -> None:

@@ -1,0 +1,90 @@
+"""Launches of the sliding-window attention kernels and the table of tile sizes. No autograd here (see `triton_op.py`)."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import triton_kernels as kernels
+
+
+class Tile(NamedTuple):
+    """Queries and keys per block, whether unmasked blocks have a loop of their own, warps, software-pipeline depth."""
+
+    queries: int
+    keys: int
+    split: bool
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, int | bool]:
+        return {"BM": self.queries, "BN": self.keys, "SPLIT": self.split, "num_warps": self.warps, "num_stages": self.stages}
+
+
+class Config(NamedTuple):
+    forward: Tile
+    dq: Tile
+    dkv: Tile
+
+
+NARROW = 512  # windows up to this use the first table: few key blocks a query, no loop for the unmasked ones
+CONFIGS: dict[tuple[int, bool], Config] = {  # (head size, window <= NARROW)
+    (64, True): Config(Tile(64, 64, False, 4, 2), Tile(64, 64, False, 4, 2), Tile(64, 64, False, 4, 2)),
+    (64, False): Config(Tile(128, 128, True, 8, 3), Tile(128, 64, True, 8, 3), Tile(64, 128, True, 8, 2)),
+    (128, True): Config(Tile(64, 64, False, 4, 2), Tile(64, 64, False, 4, 2), Tile(64, 64, False, 4, 2)),
+    (128, False): Config(Tile(128, 128, True, 8, 2), Tile(128, 64, True, 8, 2), Tile(64, 128, True, 8, 2)),
+}
+
+_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x itself when its last dimension is dense (the kernels take any other stride), else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    return x.stride(0), x.stride(1), x.stride(2)
+
+
+def config_for(d: int, window: int) -> Config:
+    return CONFIGS[d, window <= NARROW]
+
+
+def forward(q, k, v, window: int, start: Tensor | None, softmax_scale: float, config: Config) -> tuple[Tensor, Tensor]:
+    """o (B, T, H, D) and the base-2 log-sum-exp (B, H, T). start: (B, T) int32, the first token of each token's document."""
+    batch, length, heads, d = q.shape
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    o = torch.empty(q.shape, device=q.device, dtype=q.dtype)
+    lse = torch.empty(batch, heads, length, device=q.device, dtype=torch.float32)
+    kernels.attention_forward[(triton.cdiv(length, config.forward.queries), heads, batch)](
+        q, k, v, start, o, lse, length, heads, heads // k.shape[2], min(window, length), *_strides(q), *_strides(k), *_strides(v),
+        softmax_scale * math.log2(math.e), D=d, DOCUMENTS=start is not None, DT=_TYPES[q.dtype], **config.forward.options(),
+    )  # fmt: skip
+    return o, lse
+
+
+def backward(q, k, v, o, lse, do, window: int, start: Tensor | None, end: Tensor | None, softmax_scale: float, config: Config):
+    """dq, dk, dv. end: (B, T) int32, one past the last token of each token's document."""
+    batch, length, heads, d = q.shape
+    groups = k.shape[2]
+    q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
+    dot = torch.empty_like(lse)
+    kernels.row_dots[(triton.cdiv(length, 64), heads, batch)](do, o, dot, length, heads, *_strides(do), D=d, BM=64, num_warps=4)
+    dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
+    sizes = (length, heads, heads // groups, min(window, length), *_strides(q), *_strides(k), *_strides(v), *_strides(do))
+    scales = (softmax_scale, softmax_scale * math.log2(math.e))
+    fixed = {"D": d, "DOCUMENTS": start is not None, "DT": _TYPES[q.dtype]}
+    kernels.attention_dq[(triton.cdiv(length, config.dq.queries), heads, batch)](
+        q, k, v, do, start, lse, dot, dq, *sizes, *scales, **fixed, **config.dq.options()
+    )
+    anchor = lse if start is None else start  # the kernel offsets this pointer before it knows whether it is needed
+    kernels.attention_dkv[(triton.cdiv(length, config.dkv.keys), groups, batch)](
+        q, k, v, do, anchor, end, lse, dot, dk, dv, *sizes, *scales, **fixed, **config.dkv.options()
+    )
+    return dq, dk, dv

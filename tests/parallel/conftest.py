@@ -1,0 +1,64 @@
+"""A common starting point of the parity tests: a checkpoint whose weights are all far from their initial values."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from swax_megatron.checkpoint.store import Fragment, open_checkpoint, save
+from tests import runs
+from tests.workers import Workers
+
+START, END = 2, 5
+
+
+def _stir(name: str, tensor: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    """Weights under which every part of the model matters: open gates, unequal norms, gate weights that are not zero."""
+    noise = torch.randn(tensor.shape, generator=random)
+    if not name.startswith("param."):
+        return tensor
+    if name.endswith("igate_proj.bias"):
+        return noise - 1.0
+    if name.endswith("fgate_proj.bias"):
+        return 2.0 + noise
+    if any(part in name for part in ("q_proj", "k_proj", "v_proj")):
+        return tensor + 0.2 * noise
+    return tensor + 0.05 * noise
+
+
+@pytest.fixture(scope="session")
+def started(workers: Callable[[int], Workers], corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """started(name, **sections): the configuration of a run that will continue from the stirred checkpoint."""
+    folder = tmp_path_factory.mktemp("parity")
+    origins: dict[str, Path] = {}
+
+    def origin(model: dict[str, Any]) -> Path:
+        key = repr(sorted(model.items()))
+        if key not in origins:
+            run_dir = folder / f"origin-{len(origins)}"
+            raw = runs.small_config(corpus, run_dir, train={"steps": END}, checkpoint={"interval": START, "keep_last": 0}, model=model)
+            workers(1).run(runs.train, raw)
+            first = open_checkpoint(run_dir / "checkpoints" / f"step_{START}")
+            random = torch.Generator().manual_seed(7)
+            fragments = []
+            for name in sorted(first.keys()):
+                tensor = _stir(name, first.read_tensor(name), random)
+                fragments.append(Fragment(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor))
+            origins[key] = folder / f"stirred-{len(origins)}"
+            save(origins[key], START, fragments, config=first.config, state=first.state)
+        return origins[key]
+
+    def prepare(name: str, **sections: dict[str, Any]) -> dict[str, Any]:
+        run_dir = folder / name
+        shutil.rmtree(run_dir, ignore_errors=True)
+        shutil.copytree(origin(sections.get("model", {})), run_dir / "checkpoints")
+        sections["train"] = {"steps": END, **sections.get("train", {})}
+        checkpoint = {"interval": END, "allow_change": ["optimizer.learning_rate", "train.precision"]}
+        return runs.small_config(corpus, run_dir, checkpoint=checkpoint, validation={"interval": END}, **sections)
+
+    return prepare

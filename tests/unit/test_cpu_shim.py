@@ -1,0 +1,78 @@
+"""The CPU shim: complete (no other torch.cuda call on a training path) and inert where it must be."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import runs
+from tests.workers import free_port
+
+# Questions about the machine; they answer truthfully without CUDA and change nothing.
+HARMLESS = {"is_available", "device_count", "is_initialized", "is_current_stream_capturing", "is_bf16_supported", "_is_compiled", "is_in_bad_fork"}
+
+PROGRAM = """
+import json, sys, types
+import torch
+
+called = set()
+
+def recorded(name, function):
+    def call(*arguments, **named):
+        called.add(name)
+        return function(*arguments, **named)
+    return call
+
+for name in dir(torch.cuda):
+    function = getattr(torch.cuda, name)
+    if isinstance(function, types.FunctionType):
+        setattr(torch.cuda, name, recorded(name, function))
+
+if __name__ == "__main__":
+    from swax_megatron.train import main
+    code = main(sys.argv[2:])
+    json.dump(sorted(called), open(sys.argv[1], "w"))
+    sys.exit(code)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the shim is for machines without CUDA")
+@pytest.mark.parametrize("backend", ["zero", "megatron"])
+def test_no_other_cuda_call_on_a_training_path(backend: str, corpus: Path, tmp_path: Path) -> None:
+    """Every function of torch.cuda reports its use; the shim replaces its own, so what is left was not foreseen."""
+    import yaml
+
+    raw = runs.small_config(
+        corpus,
+        tmp_path / "run",
+        optimizer={"backend": backend},
+        train={"steps": 2, "recompute": "full", "precision": "bf16"},
+        checkpoint={"interval": 1},
+        validation={"interval": 1},
+    )
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
+    (tmp_path / "program.py").write_text(PROGRAM)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port()), "PYTHONPATH": str(Path.cwd())}
+    command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "called.json"), str(tmp_path / "config.yaml")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    called = set(json.loads((tmp_path / "called.json").read_text()))
+    assert called - HARMLESS == set()
+
+
+def test_it_rewrites_devices() -> None:
+    """In a process of its own: the shim stays on for the life of one."""
+    program = (
+        "import torch; from swax_megatron.parallel.device import install_cpu_shim, cuda_type_names; "
+        "assert torch.cuda.is_available() or install_cpu_shim(); "
+        "x = torch.ones(2, device='cuda').cuda().to('cuda'); "
+        "assert torch.cuda.is_available() or (x.device.type == 'cpu' and x.type() == 'torch.FloatTensor'); "
+        "c = cuda_type_names(); c.__enter__(); assert x.type() == 'torch.cuda.FloatTensor'; c.__exit__(None, None, None)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
