@@ -11,7 +11,6 @@ workers ?= 2
 pytest = $(python) -m pytest -n $(workers) --dist loadgroup
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-
 .DEFAULT_GOAL := help
 .PHONY: help install check demo test test-matrix test-soak lint clean
 

@@ -45,7 +45,7 @@ def small_config(corpus: Path, run_dir: Path, **sections: dict[str, Any]) -> dic
             "sequence_length": SEQUENCE_LENGTH,
         },
         "optimizer": {"learning_rate": 5e-3, "warmup": 2, "eps": 1e-2, "clip_grad": 0.5},
-        "train": {"steps": 4, "micro_batch_size": 1, "global_batch_size": 8, "precision": "fp32"},
+        "train": {"steps": 4, "micro_batch_size": 1, "global_batch_size": 4, "precision": "fp32"},
         "validation": {"interval": 0, "sequences": 5},
         "checkpoint": {"interval": 0},
         "kernels": {"backend": "reference", "mlstm_chunk": 16},
@@ -68,7 +68,10 @@ def layout(raw: dict[str, Any]) -> Iterator[tuple[Config, Any]]:
     state = groups.initialize(config)
     yield config, state
     dist.barrier(group=state.cpu)
-    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_model_parallel()  # which forgets its groups; their threads and sockets would pile up
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def train(raw: dict[str, Any]) -> dict[str, list[float]]:

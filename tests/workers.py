@@ -6,6 +6,7 @@ is a module-level function, called on every rank at once; its picklable results 
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import os
 import queue
@@ -15,7 +16,8 @@ from typing import Any
 
 import torch.multiprocessing as multiprocessing
 
-TIMEOUT = 240.0  # seconds a task may take before the pool is taken for hung
+# seconds a task may take before the pool is taken for hung; every rank then prints where it stands
+TIMEOUT = float(os.environ.get("SWAX_TEST_TASK_SECONDS", "240"))
 
 
 def free_port() -> int:
@@ -83,6 +85,7 @@ def _serve(rank: int, size: int, port: int, tasks: Any, results: Any) -> None:
     install_cpu_shim()
     while True:
         module, name, arguments, named = tasks.get()
+        faulthandler.dump_traceback_later(0.9 * TIMEOUT)
         try:
             function: Any = importlib.import_module(module)
             for part in name.split("."):
@@ -90,3 +93,4 @@ def _serve(rank: int, size: int, port: int, tasks: Any, results: Any) -> None:
             results.put((rank, True, function(*arguments, **named)))
         except BaseException:  # the parent fails the test with it
             results.put((rank, False, traceback.format_exc()))
+        faulthandler.cancel_dump_traceback_later()

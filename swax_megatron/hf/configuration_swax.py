@@ -50,7 +50,7 @@ class SwaxConfig(PreTrainedConfig):
         num_mlstm_heads=4,
         mlstm_qk_head_dim=None,
         mlstm_v_head_dim=None,
-        mlstm_chunk_size=64,
+        mlstm_chunk_size=256,
         gate_cap=15.0,
         logit_cap=30.0,
         norm_eps=1e-6,

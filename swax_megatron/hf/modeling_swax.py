@@ -328,7 +328,8 @@ def layer_masks(config, x_btm, attention_mask, cache, banded=False):
     masks = {}
     for layer_type in dict.fromkeys(config.layer_types):
         if layer_type == "linear_attention":
-            masks[layer_type] = None if attention_mask is None else attention_mask[:, -x_btm.shape[1] :]
+            # contiguous: strides that grow with the mask would have a compiled decoding step made anew
+            masks[layer_type] = None if attention_mask is None else attention_mask[:, -x_btm.shape[1] :].contiguous()
         elif layer_type == "sliding_attention" and banded:
             masks[layer_type] = attention_mask
         else:

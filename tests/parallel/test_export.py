@@ -17,7 +17,7 @@ from tests.workers import Workers
 
 pytestmark = pytest.mark.xdist_group("parallel")
 
-VOCABULARY, LENGTH, WINDOW = 300, 92, 9
+VOCABULARY, LENGTH, WINDOW = 700, 92, 9
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,6 @@ def test_export_equals_the_training_model(
         difference = (exported(tokens).logits - expected).abs().max().item()
     assert difference <= 1e-4, difference
 
-    encoded = AutoTokenizer.from_pretrained(tmp_path / "export")("def test_something(self):\n    assert", return_tensors="pt")
+    encoded = AutoTokenizer.from_pretrained(tmp_path / "export", trust_remote_code=True)("def test_something(self):\n    assert", return_tensors="pt")
     settings = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
     assert torch.equal(exported.generate(**encoded, **settings), exported.generate(**encoded, **settings, use_cache=False))

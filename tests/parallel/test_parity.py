@@ -28,7 +28,7 @@ TP2, TP2_SP = {"tensor": 2, "sequence": False}, {"tensor": 2}
 MEGATRON = {"backend": "megatron"}
 
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
-    "one microbatch of the whole batch": (1, {"train": {"micro_batch_size": 8}}),
+    "one microbatch of the whole batch": (1, {"train": {"micro_batch_size": 4}}),
     "recompute selective": (1, {"train": {"recompute": "selective"}}),
     "recompute full": (1, {"train": {"recompute": "full"}}),
     "Megatron's optimizer": (1, {"optimizer": MEGATRON}),

@@ -79,7 +79,7 @@ def record_windows(raw: dict[str, Any]) -> dict[str, list]:
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_every_call_gets_the_drawn_window(recompute: str, corpus: Path, tmp_path: Path, workers: Callable[[int], Workers]) -> None:
-    """PP2, two virtual chunks a stage, per-layer windows: 2 S layers a rank, 8 microbatches, forward and recomputation."""
+    """PP2, two virtual chunks a stage, per-layer windows: 2 S layers a rank, 4 microbatches, forward and recomputation."""
     raw = runs.small_config(
         corpus,
         tmp_path / "run",
@@ -92,5 +92,5 @@ def test_every_call_gets_the_drawn_window(recompute: str, corpus: Path, tmp_path
     layers = [[1, 5], [3, 7]]  # global S layers of (MS)x4 on each stage: chunks 0 and 2 of four, chunks 1 and 3
     for rank, report in enumerate(ranks):
         for calls, windows in zip(report["steps"], report["expected"], strict=True):
-            expected = sorted(windows[layer] for layer in layers[rank] for _ in range(8 * (1 if recompute == "none" else 2)))
+            expected = sorted(windows[layer] for layer in layers[rank] for _ in range(4 * (1 if recompute == "none" else 2)))
             assert sorted(window for _, window in calls) == expected

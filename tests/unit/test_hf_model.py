@@ -169,6 +169,17 @@ def test_padding_gives_the_unpadded_logits(kinds, side):
     torch.testing.assert_close(got[1], want_other, atol=1e-5, rtol=0)
 
 
+def test_padding_between_tokens_leaves_the_memory_alone():
+    """A right-padded prompt that goes on: padding must neither write to the memory nor let it fade."""
+    model, ids = tiny("MM"), tokens(1, 15)
+    row = torch.cat((ids[:, :6], torch.full((1, 9), 2), ids[:, 6:]), 1)
+    mask = torch.ones_like(row)
+    mask[:, 6:15] = 0
+    with torch.no_grad():
+        want, got = model(ids).logits, model(row, attention_mask=mask).logits
+    torch.testing.assert_close(got[mask.bool()], want[0], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("kinds", ["MSMS", "MM", "MSF", "SF"])
 @pytest.mark.parametrize("cuts", [(1,), (9,), (3, 4, 5, 11), tuple(range(1, 21))])
 def test_prefill_in_pieces_equals_one(kinds, cuts):

@@ -7,7 +7,8 @@ Two small passes replace a scan over the sequence: `chunk_gates` works inside ea
 (G, M) of it; `token_weights` composes the summaries before its chunk (a few hundred numbers) and turns them into the weights
 the matrix kernels use. With m_in the stabiliser before a chunk and m_out after it:
     row_t = b_t - m_t            col_s = i~_s - b_s            e^(row_t + col_s) weighs key s for query t
-    wq_t  = e^(b_t + m_in - m_t) weighs the incoming state     wk_s = e^(g - b_s + i~_s - m_out) weighs key s in the outgoing state
+    wq_t  = scale e^(b_t + m_in - m_t) weighs the incoming state (with q's scale)
+    wk_s  = e^(g - b_s + i~_s - m_out) weighs key s in the outgoing state
     decay = e^(g + m_in - m_out) what the chunk leaves of the incoming state
 """
 
@@ -84,7 +85,7 @@ def chunk_gates(
 def token_weights(
     b_ptr, ig_ptr, top_ptr, g_ptr, m_ptr, m0_ptr, start_ptr,
     row_ptr, col_ptr, mt_ptr, wq_ptr, wk_ptr, decay_ptr, m_final_ptr,
-    T, H, C,
+    T, H, C, scale,
     LC: tl.constexpr, SUMMARIES: tl.constexpr, DOCUMENTS: tl.constexpr, INITIAL: tl.constexpr,
 ):  # fmt: skip
     """Per chunk: the stabiliser of every token and the weights named at the top of this file."""
@@ -125,7 +126,7 @@ def token_weights(
     tl.store(row_ptr + at, b - m_t)
     tl.store(col_ptr + at, ig - b)
     tl.store(mt_ptr + at, m_t)
-    tl.store(wq_ptr + at, wq)
+    tl.store(wq_ptr + at, wq * scale)
     tl.store(wk_ptr + at, wk)
     tl.store(decay_ptr + bh * C + c, decay)
     if c == C - 1:

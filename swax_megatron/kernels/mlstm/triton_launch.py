@@ -35,36 +35,32 @@ class Config:
 
     chunk: int
     block: int
-    states: Tile
+    updates: Tile
+    scores: Tile
     outputs: Tile
-    state_gradients: Tile
     pairs: Tile
-    dq: Tile
-    dk: Tile
-    dv: Tile
+    gradients: Tile
+    scan_block: int = 1024
 
 
-def _config(chunk: int, block: int, d_qk: int, d_v: int, state: tuple[int, int], wide: int) -> Config:
-    states = Tile({"BK": state[0], "BV": state[1], "BT": 64}, 4, 3)
-    combined = {"BM": block, "BS": 64, "BD": 64}
+def _config(chunk: int, block: int, d_qk: int, d_v: int) -> Config:
+    wide = {"BM": block, "BS": 64, "BD": 64, "BN": min(d_v, 256)}
     return Config(
         chunk=chunk,
         block=block,
-        states=states,
-        outputs=Tile({"BT": block, "BS": 64, "BV": min(d_v, wide), "BD": 64}, 8, 2),
-        state_gradients=states,
+        updates=Tile({"BK": min(d_qk, 128), "BV": min(d_v, 128), "BT": 64}, 8, 2),
+        scores=Tile({"BD": 64}, 8, 3),
+        outputs=Tile(wide, 8, 3),
         pairs=Tile({"BD": 64}, 8, 3),
-        dq=Tile({**combined, "BN": d_qk}, 8, 3),
-        dk=Tile({**combined, "BN": d_qk}, 8, 3),
-        dv=Tile({**combined, "BN": min(d_v, wide)}, 8, 3),
+        gradients=Tile(wide, 8, 3),
     )
 
 
 CONFIGS: dict[tuple[int, int], Config] = {
-    (64, 64): _config(128, 128, 64, 64, (64, 64), 64),
-    (64, 128): _config(128, 128, 64, 128, (64, 64), 128),
-    (128, 256): _config(256, 128, 128, 256, (64, 64), 256),
-    (256, 512): _config(256, 128, 256, 512, (64, 64), 256),
+    (64, 64): _config(128, 128, 64, 64),
+    (64, 128): _config(128, 128, 64, 128),
+    (128, 256): _config(256, 128, 128, 256),
+    (256, 512): _config(256, 128, 256, 512),
 }
 
 # The type of the products' operands and of saved states. float16 inputs are rounded to bfloat16 there: a state may exceed 65,504.
@@ -119,26 +115,51 @@ def forward(q, k, v, igate, fgate, start, c0, n0, m0, want_state: bool, gate_cap
         LC=lc, DOCUMENTS=documents, num_warps=4,
     )  # fmt: skip
     gates.token_weights[per_chunk](
-        *raw, *summary, m0, start, row, col, mt, wq, wk, decay, m_end, length, heads, chunks,
+        *raw, *summary, m0, start, row, col, mt, wq, wk, decay, m_end, length, heads, chunks, scale,
         LC=lc, SUMMARIES=128, DOCUMENTS=documents, INITIAL=m0 is not None, num_warps=4,
     )  # fmt: skip
 
-    states, norms = empty(bh, chunks, d_qk, d_v, dtype=product), empty(bh, chunks, d_qk)
     c_end, n_end = (empty(batch, heads, d_qk, d_v), empty(batch, heads, d_qk)) if want_state else (empty(0), empty(0))
-    tile = config.states.sizes
-    cell.chunk_states[(d_qk // tile["BK"] * (d_v // tile["BV"]), bh)](
-        k, v, wk, wk, decay, c0, n0, None, None, states, norms, c_end, n_end, None,
-        length, heads, chunks, *_strides(k), *_strides(v),
-        K=d_qk, V=d_v, LC=lc, START=c0 is not None, END=want_state, REVERSE=False, DT=dt, **config.states.options(),
+    states, norms, _ = _scanned(k, v, wk, wk, decay, (c0, n0), (c_end, n_end), None, config)
+
+    blocks, padded = lc // config.block, chunks * lc
+    p, den_parts = empty(bh, chunks, lc, lc, dtype=product), empty(bh, blocks, padded)
+    size = (length, heads, chunks)
+    cell.pair_scores[(blocks * (blocks + 1) // 2, chunks, bh)](
+        q, k, row, col, wq, norms, start, p, den_parts, *size, *_strides(q), *_strides(k), scale,
+        K=d_qk, LC=lc, BT=config.block, DOCUMENTS=documents, DT=dt, **config.scores.options(),
     )  # fmt: skip
     h = torch.empty(batch, length, heads, d_v, device=q.device, dtype=v.dtype)
     tile = config.outputs.sizes
-    cell.chunk_outputs[(triton.cdiv(length, tile["BT"]) * (d_v // tile["BV"]), bh)](
-        q, k, v, row, col, mt, wq, states, norms, start, h, den,
-        length, heads, chunks, *_strides(q), *_strides(k), *_strides(v), scale, eps,
-        K=d_qk, V=d_v, LC=lc, DOCUMENTS=documents, DT=dt, **config.outputs.options(),
+    cell.combine_outputs[(padded // tile["BM"] * (d_v // tile["BN"]), bh)](
+        q, v, p, states, wq, den_parts, mt, h, den, *size, *_strides(q), *_strides(v), eps,
+        K=d_qk, V=d_v, LC=lc, BLOCKS=blocks, DT=dt, **config.outputs.options(),
     )  # fmt: skip
     return h, c_end, n_end, m_end if want_state else empty(0), Saved(tokens, decay, states, norms)
+
+
+def _scanned(x, y, weight, norm_weight, decay, start, end, others: tuple[Tensor, Tensor] | None, config: Config):
+    """The state before every chunk (from others' end when `others`, the saved states, are given: then these are gradients).
+
+    start, end: the (C, n) to begin with (or two None) and to fill (empty: not wanted). Returns states, norms, and what passed.
+    """
+    batch, length, heads, d_k = x.shape
+    d_v, bh, chunks = y.shape[-1], batch * heads, decay.shape[1]
+    dt, product = _PRODUCT[x.dtype]
+    states = torch.empty(bh, chunks, d_k, d_v, device=x.device, dtype=product)
+    norms = torch.empty(bh, chunks, d_k, device=x.device, dtype=torch.float32)
+    tile = config.updates.sizes
+    cell.chunk_updates[(d_k // tile["BK"] * (d_v // tile["BV"]), chunks, bh)](
+        x, y, weight, norm_weight, states, norms, length, heads, chunks, *_strides(x), *_strides(y),
+        K=d_k, V=d_v, LC=config.chunk, DT=dt, **config.updates.options(),
+    )  # fmt: skip
+    tiles = d_k * d_v // config.scan_block + 1
+    passed = None if others is None else torch.empty(bh, chunks, tiles, device=x.device, dtype=torch.float32)
+    cell.scan_states[(tiles, bh)](
+        states, norms, decay, *start, *(others or (states, norms)), *end, norms if passed is None else passed, chunks,
+        K=d_k, V=d_v, BLOCK=config.scan_block, START=start[0] is not None, END=end[0].numel() > 0, REVERSE=others is not None, num_warps=4,
+    )  # fmt: skip
+    return states, norms, passed
 
 
 def backward(q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, saved: Saved, want_initial: bool, gate_cap, eps, config: Config):
@@ -150,52 +171,38 @@ def backward(q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, saved: Sa
     dt, product = _PRODUCT[q.dtype]
     scale, documents = d_qk**-0.5, start is not None
     row, col, mt, wq, wk, den = saved.tokens
-    size = (length, heads, chunks)
+    size, padded = (length, heads, chunks), chunks * lc
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, device=q.device, dtype=dtype)
 
-    padded = chunks * lc
     rn, delta, wd, wdd, diagonal, rq, rk = empty(7, bh, padded)
-    cell.row_terms[(padded // 32, bh)](
-        dh, h, dot, den, mt, wq, rn, delta, wd, wdd, *size, *_strides(dh), scale, eps, V=d_v, LC=lc, BT=32, DOT=dot is not None, num_warps=4
-    )
-    d_states, d_norms = empty(bh, chunks, d_qk, d_v, dtype=product), empty(bh, chunks, d_qk)
-    dc0, dn0 = (empty(batch, heads, d_qk, d_v), empty(batch, heads, d_qk)) if want_initial else (empty(0), empty(0))
-    tile = config.state_gradients.sizes
-    tiles = d_qk // tile["BK"] * (d_v // tile["BV"])
-    passed = empty(bh, chunks, tiles)
-    cell.chunk_states[(tiles, bh)](
-        q, dh, wd, wdd, saved.decay, dc_end, dn_end, saved.states, saved.norms, d_states, d_norms, dc0, dn0, passed,
-        *size, *_strides(q), *_strides(dh),
-        K=d_qk, V=d_v, LC=lc, START=dc_end is not None, END=want_initial, REVERSE=True, DT=dt, **config.state_gradients.options(),
+    row_block = min(32, block)
+    cell.row_terms[(padded // row_block, bh)](
+        dh, h, dot, den, mt, wq, rn, delta, wd, wdd, *size, *_strides(dh), eps,
+        V=d_v, LC=lc, BT=row_block, DOT=dot is not None, num_warps=4,
     )  # fmt: skip
+    dc0, dn0 = (empty(batch, heads, d_qk, d_v), empty(batch, heads, d_qk)) if want_initial else (empty(0), empty(0))
+    others = (saved.states, saved.norms)
+    d_states, d_norms, passed = _scanned(q, dh, wd, wdd, saved.decay, (dc_end, dn_end), (dc0, dn0), others, config)
 
-    p, ds = empty(bh, chunks, lc, lc, dtype=product), empty(bh, chunks, lc, lc, dtype=product)
-    row_sum, col_sum = empty(bh, blocks, padded), empty(bh, blocks, padded)
+    p, ds = empty(2, bh, chunks, lc, lc, dtype=product)
+    row_sum, col_sum = empty(2, bh, blocks, padded)
     cell.pair_gradients[(blocks * (blocks + 1) // 2, chunks, bh)](
         q, k, v, dh, row, col, rn, delta, start, p, ds, row_sum, col_sum, diagonal,
         *size, *_strides(q), *_strides(k), *_strides(v), *_strides(dh), scale,
         K=d_qk, V=d_v, LC=lc, BT=block, DOCUMENTS=documents, DT=dt, **config.pairs.options(),
     )  # fmt: skip
-
-    def combine(like, x, y, z, pairs, states, norms, weight, bias, sums, by_value, keys, tile):
-        """by_value: contract the state over its value side."""
-        d, n = x.shape[-1], like.shape[-1]
-        out = torch.empty(like.shape, device=like.device, dtype=like.dtype)
-        cell.combine[(padded // tile.sizes["BM"] * (n // tile.sizes["BN"]), bh)](
-            x, y, z, pairs, states, norms, weight, bias, out, sums,
-            *size, *_strides(x), *_strides(y), *_strides(x if z is None else z), 1 if by_value else n, d if by_value else 1,
-            D=d, N=n, LC=lc, KEYS=keys, SUMS=z is not None, DT=dt, **tile.options(),
-        )  # fmt: skip
-        return out
-
-    dq = combine(q, dh, k, q, ds, saved.states, saved.norms, wd, wdd, rq, True, False, config.dq)
-    dk = combine(k, v, q, k, ds, d_states, d_norms, wk, wk, rk, True, True, config.dk)
-    dv = combine(v, k, dh, None, p, d_states, None, wk, None, None, False, True, config.dv)
+    dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
+    tile = config.gradients.sizes
+    cell.combine_gradients[(padded // tile["BM"] * (2 + d_v // tile["BN"]), bh)](
+        q, k, v, dh, p, ds, saved.states, saved.norms, d_states, d_norms, wd, wdd, wk, dq, dk, dv, rq, rk,
+        *size, *_strides(q), *_strides(k), *_strides(v), *_strides(dh), K=d_qk, V=d_v, LC=lc, DT=dt, **config.gradients.options(),
+    )  # fmt: skip
     di, df = empty(batch, length, heads), empty(batch, length, heads)
     gates.gate_gradients[(chunks, bh)](
-        igate, fgate, start, row_sum, col_sum, diagonal, rq, rk, passed, di, df, *size, tiles, *_strides(igate), *_strides(fgate), gate_cap,
+        igate, fgate, start, row_sum, col_sum, diagonal, rq, rk, passed, di, df,
+        *size, passed.shape[-1], *_strides(igate), *_strides(fgate), gate_cap,
         LC=lc, BLOCKS=blocks, TILE_BLOCK=64, DOCUMENTS=documents, num_warps=4,
     )  # fmt: skip
     return dq, dk, dv, di, df, dc0, dn0

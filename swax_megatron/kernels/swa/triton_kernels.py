@@ -4,6 +4,9 @@ Legend: t query time, s key time, h query head, g key/value head, R = query head
 A query at t sees the keys s with max(start_t, t - window + 1) <= s <= t, start_t the first token of its document.
 The window, the sizes and the strides are run-time numbers: one compiled kernel serves every window of its class.
 
+Rows of a tile of queries are (head, time) pairs: PACK heads that share a key/value head, times BM / PACK queries. Packing lets them
+share each key block and shortens the slanted edges of the band.
+
 Softmax runs in base 2 (scores times scale * log2 e), online in the forward pass (Dao 2023, "FlashAttention-2"); `lse` keeps
 m + log2(sum). dq and dk/dv are separate passes without atomics: gradients are the same bits every time.
 SPLIT: blocks whose pairs are all visible skip the mask (three loops; pays where the window is many blocks wide).
@@ -51,37 +54,38 @@ def _attend(
 
 
 @triton.jit
-def _key_range(t0, start_ptr, row, T, window, BM: tl.constexpr, BN: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """For queries [t0, t0 + BM): the first key block, the first and the end of the blocks every query sees, the end of all."""
-    first, all_from = t0 - window + 1, t0 + BM - window
+def _key_range(t0, start_ptr, row, T, window, QUERIES: tl.constexpr, BN: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """For queries [t0, t0 + QUERIES): the first key block, the first and the end of the blocks every query sees, the end of all."""
+    first, all_from = t0 - window + 1, t0 + QUERIES - window
     if DOCUMENTS:
         first = tl.maximum(first, tl.load(start_ptr + row + t0))
-        all_from = tl.maximum(all_from, tl.load(start_ptr + row + tl.minimum(t0 + BM, T) - 1))
+        all_from = tl.maximum(all_from, tl.load(start_ptr + row + tl.minimum(t0 + QUERIES, T) - 1))
     first = tl.maximum(first, 0) // BN * BN
     diagonal = t0 // BN * BN
     all_from = tl.minimum(tl.maximum((tl.maximum(all_from, 0) + BN - 1) // BN * BN, first), diagonal)
-    return first, all_from, diagonal, tl.minimum(t0 + BM, T)
+    return first, all_from, diagonal, tl.minimum(t0 + QUERIES, T)
 
 
 @triton.jit(do_not_specialize=["T", "H", "R", "window"])
 def attention_forward(
     q_ptr, k_ptr, v_ptr, start_ptr, o_ptr, lse_ptr,
     T, H, R, window, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, scale2,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, DOCUMENTS: tl.constexpr, DT: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr, DOCUMENTS: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
-    """o for BM queries of one head, and the base-2 logarithm of their softmax sums (B, H, T)."""
-    t0, h, batch = tl.program_id(0) * BM, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    """o for one tile of queries, and the base-2 logarithm of their softmax sums (B, H, T)."""
+    QUERIES: tl.constexpr = BM // PACK
+    t0, h0, batch = tl.program_id(0) * QUERIES, tl.program_id(1).to(tl.int64) * PACK, tl.program_id(2).to(tl.int64)
     lane, dd = tl.arange(0, BM), tl.arange(0, D)
-    t = t0 + lane
+    t, h = t0 + lane % QUERIES, h0 + lane // QUERIES
     real = t < T
-    q_at = q_ptr + batch * stride_qb + h * stride_qh + t[:, None].to(tl.int64) * stride_qt + dd[None, :]
+    q_at = q_ptr + batch * stride_qb + h[:, None] * stride_qh + t[:, None].to(tl.int64) * stride_qt + dd[None, :]
     q = tl.load(q_at, mask=real[:, None], other=0.0)
-    k_ptr += batch * stride_kb + (h // R) * stride_kh
-    v_ptr += batch * stride_vb + (h // R) * stride_vh
+    k_ptr += batch * stride_kb + (h0 // R) * stride_kh
+    v_ptr += batch * stride_vb + (h0 // R) * stride_vh
     start_t = t
     if DOCUMENTS:
         start_t = tl.load(start_ptr + batch * T + t, mask=real, other=0)
-    first, all_from, diagonal, end = _key_range(t0, start_ptr, batch * T, T, window, BM, BN, DOCUMENTS)
+    first, all_from, diagonal, end = _key_range(t0, start_ptr, batch * T, T, window, QUERIES, BN, DOCUMENTS)
     acc = tl.zeros([BM, D], tl.float32)
     m = tl.full([BM], -1e20, tl.float32)  # above the masked scores, so that a block a query does not see adds nothing
     total = tl.zeros([BM], tl.float32)
@@ -106,18 +110,6 @@ def attention_forward(
     o_at = ((batch * T + t) * H + h)[:, None] * D + dd[None, :]
     tl.store(o_ptr + o_at, (acc / total[:, None]).to(o_ptr.dtype.element_ty), mask=real[:, None])
     tl.store(lse_ptr + (batch * H + h) * T + t, m + tl.log2(total), mask=real)
-
-
-@triton.jit(do_not_specialize=["T", "H"])
-def row_dots(do_ptr, o_ptr, dot_ptr, T, H, stride_gb, stride_gt, stride_gh, D: tl.constexpr, BM: tl.constexpr):
-    """<do, o> of every query, (B, H, T)."""
-    t, h, batch = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    dd = tl.arange(0, D)
-    real = t < T
-    do_at = do_ptr + batch * stride_gb + h * stride_gh + t[:, None].to(tl.int64) * stride_gt + dd[None, :]
-    do = tl.load(do_at, mask=real[:, None], other=0.0).to(tl.float32)
-    o = tl.load(o_ptr + ((batch * T + t) * H + h)[:, None] * D + dd[None, :], mask=real[:, None], other=0.0).to(tl.float32)
-    tl.store(dot_ptr + (batch * H + h) * T + t, tl.sum(do * o, 1), mask=real)
 
 
 @triton.jit
@@ -146,27 +138,31 @@ def _gather_dq(
 
 @triton.jit(do_not_specialize=["T", "H", "R", "window"])
 def attention_dq(
-    q_ptr, k_ptr, v_ptr, do_ptr, start_ptr, lse_ptr, dot_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, o_ptr, start_ptr, lse_ptr, dot_ptr, dq_ptr,
     T, H, R, window, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_gb, stride_gt, stride_gh, scale, scale2,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, DOCUMENTS: tl.constexpr, DT: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr, DOCUMENTS: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
-    """dq for BM queries of one head."""
-    t0, h, batch = tl.program_id(0) * BM, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    """dq for one tile of queries, and their <do, o>, which `attention_dkv` needs as well: (B, H, T)."""
+    QUERIES: tl.constexpr = BM // PACK
+    t0, h0, batch = tl.program_id(0) * QUERIES, tl.program_id(1).to(tl.int64) * PACK, tl.program_id(2).to(tl.int64)
     lane, dd = tl.arange(0, BM), tl.arange(0, D)
-    t = t0 + lane
+    t, h = t0 + lane % QUERIES, h0 + lane // QUERIES
     real = t < T
     t_wide = t[:, None].to(tl.int64)
-    q = tl.load(q_ptr + batch * stride_qb + h * stride_qh + t_wide * stride_qt + dd[None, :], mask=real[:, None], other=0.0)
-    do = tl.load(do_ptr + batch * stride_gb + h * stride_gh + t_wide * stride_gt + dd[None, :], mask=real[:, None], other=0.0)
+    q = tl.load(q_ptr + batch * stride_qb + h[:, None] * stride_qh + t_wide * stride_qt + dd[None, :], mask=real[:, None], other=0.0)
+    do = tl.load(do_ptr + batch * stride_gb + h[:, None] * stride_gh + t_wide * stride_gt + dd[None, :], mask=real[:, None], other=0.0)
     lse = tl.load(lse_ptr + (batch * H + h) * T + t, mask=real, other=0.0)
-    dot = tl.load(dot_ptr + (batch * H + h) * T + t, mask=real, other=0.0)
-    k_ptr += batch * stride_kb + (h // R) * stride_kh
-    v_ptr += batch * stride_vb + (h // R) * stride_vh
+    out_at = ((batch * T + t) * H + h)[:, None] * D + dd[None, :]
+    o = tl.load(o_ptr + out_at, mask=real[:, None], other=0.0)
+    dot = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    tl.store(dot_ptr + (batch * H + h) * T + t, dot, mask=real)
+    k_ptr += batch * stride_kb + (h0 // R) * stride_kh
+    v_ptr += batch * stride_vb + (h0 // R) * stride_vh
     start_t = t
     if DOCUMENTS:
         start_t = tl.load(start_ptr + batch * T + t, mask=real, other=0)
-    first, all_from, diagonal, end = _key_range(t0, start_ptr, batch * T, T, window, BM, BN, DOCUMENTS)
+    first, all_from, diagonal, end = _key_range(t0, start_ptr, batch * T, T, window, QUERIES, BN, DOCUMENTS)
     dq = tl.zeros([BM, D], tl.float32)
     if SPLIT:
         dq = _gather_dq(
@@ -186,7 +182,6 @@ def attention_dq(
             dq, q, do, lse, dot, k_ptr, v_ptr, t, start_t, first, end, T, window, scale2,
             stride_kt, stride_vt, D, BN, True, DOCUMENTS, DT,
         )  # fmt: skip
-    out_at = ((batch * T + t) * H + h)[:, None] * D + dd[None, :]
     tl.store(dq_ptr + out_at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=real[:, None])
 
 

@@ -14,16 +14,21 @@ from . import triton_kernels as kernels
 
 
 class Tile(NamedTuple):
-    """Queries and keys per block, whether unmasked blocks have a loop of their own, warps, software-pipeline depth."""
+    """Rows of queries and keys per block, most heads packed into the rows, a loop of its own for unmasked blocks, warps, stages."""
 
     queries: int
     keys: int
+    pack: int
     split: bool
     warps: int
     stages: int
 
     def options(self) -> dict[str, int | bool]:
         return {"BM": self.queries, "BN": self.keys, "SPLIT": self.split, "num_warps": self.warps, "num_stages": self.stages}
+
+    def packed(self, share: int) -> int:
+        """Heads to pack when `share` query heads share a key/value head."""
+        return math.gcd(self.pack, share)
 
 
 class Config(NamedTuple):
@@ -33,11 +38,13 @@ class Config(NamedTuple):
 
 
 NARROW = 512  # windows up to this use the first table: few key blocks a query, no loop for the unmasked ones
+_NARROW = Config(Tile(128, 32, 4, False, 8, 3), Tile(128, 32, 4, False, 8, 3), Tile(32, 64, 1, False, 4, 3))
+_WIDE = Config(Tile(128, 64, 4, True, 8, 3), Tile(64, 64, 4, True, 4, 2), Tile(64, 128, 1, True, 8, 2))
 CONFIGS: dict[tuple[int, bool], Config] = {  # (head size, window <= NARROW)
-    (64, True): Config(Tile(64, 64, False, 4, 2), Tile(64, 64, False, 4, 2), Tile(64, 64, False, 4, 2)),
-    (64, False): Config(Tile(128, 128, True, 8, 3), Tile(128, 64, True, 8, 3), Tile(64, 128, True, 8, 2)),
-    (128, True): Config(Tile(64, 64, False, 4, 2), Tile(64, 64, False, 4, 2), Tile(64, 64, False, 4, 2)),
-    (128, False): Config(Tile(128, 128, True, 8, 2), Tile(128, 64, True, 8, 2), Tile(64, 128, True, 8, 2)),
+    (64, True): _NARROW,
+    (64, False): _WIDE,
+    (128, True): _NARROW,
+    (128, False): _WIDE,
 }
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -62,9 +69,11 @@ def forward(q, k, v, window: int, start: Tensor | None, softmax_scale: float, co
     q, k, v = _rows(q), _rows(k), _rows(v)
     o = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     lse = torch.empty(batch, heads, length, device=q.device, dtype=torch.float32)
-    kernels.attention_forward[(triton.cdiv(length, config.forward.queries), heads, batch)](
-        q, k, v, start, o, lse, length, heads, heads // k.shape[2], min(window, length), *_strides(q), *_strides(k), *_strides(v),
-        softmax_scale * math.log2(math.e), D=d, DOCUMENTS=start is not None, DT=_TYPES[q.dtype], **config.forward.options(),
+    share = heads // k.shape[2]
+    pack = config.forward.packed(share)
+    kernels.attention_forward[(triton.cdiv(length, config.forward.queries // pack), heads // pack, batch)](
+        q, k, v, start, o, lse, length, heads, share, min(window, length), *_strides(q), *_strides(k), *_strides(v),
+        softmax_scale * math.log2(math.e), D=d, PACK=pack, DOCUMENTS=start is not None, DT=_TYPES[q.dtype], **config.forward.options(),
     )  # fmt: skip
     return o, lse
 
@@ -75,13 +84,13 @@ def backward(q, k, v, o, lse, do, window: int, start: Tensor | None, end: Tensor
     groups = k.shape[2]
     q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
     dot = torch.empty_like(lse)
-    kernels.row_dots[(triton.cdiv(length, 64), heads, batch)](do, o, dot, length, heads, *_strides(do), D=d, BM=64, num_warps=4)
     dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
     sizes = (length, heads, heads // groups, min(window, length), *_strides(q), *_strides(k), *_strides(v), *_strides(do))
     scales = (softmax_scale, softmax_scale * math.log2(math.e))
     fixed = {"D": d, "DOCUMENTS": start is not None, "DT": _TYPES[q.dtype]}
-    kernels.attention_dq[(triton.cdiv(length, config.dq.queries), heads, batch)](
-        q, k, v, do, start, lse, dot, dq, *sizes, *scales, **fixed, **config.dq.options()
+    pack = config.dq.packed(heads // groups)
+    kernels.attention_dq[(triton.cdiv(length, config.dq.queries // pack), heads // pack, batch)](
+        q, k, v, do, o, start, lse, dot, dq, *sizes, *scales, PACK=pack, **fixed, **config.dq.options()
     )
     anchor = lse if start is None else start  # the kernel offsets this pointer before it knows whether it is needed
     kernels.attention_dkv[(triton.cdiv(length, config.dkv.keys), groups, batch)](
