@@ -8,7 +8,7 @@ environment := .venv/.installed
 endif
 
 workers ?= 2
-pytest = $(python) -m pytest -n $(workers) --dist loadgroup
+usual = -m "not matrix and not soak and not gpu"
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 .DEFAULT_GOAL := help
@@ -30,7 +30,8 @@ demo: $(environment) ## text in, distributed training with a kill and a resume, 
 	$(python) scripts/demo.py
 
 test: $(environment) ## the tests (minutes)
-	$(pytest) -m "not matrix and not soak and not gpu"
+	$(python) -m pytest -n $(workers) $(usual) tests/unit
+	$(python) -m pytest $(usual) tests/parallel tests/resume
 
 test-matrix: $(environment) ## every parallel layout against one process
 	$(python) -m pytest -m matrix

@@ -7,7 +7,15 @@ import time
 import torch
 
 # Dense bf16 TFLOP/s of the vendors' datasheets (no sparsity), by a piece of the device's name.
-_BF16_PEAKS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "H800": 989.0, "B200": 2250.0, "GB200": 2250.0, "A100": 312.0, "L40S": 362.0}
+_BF16_PEAKS = {
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "H800": 989.0,
+    "B200": 2250.0,  # GB200 as well
+    "A100": 312.0,
+    "L40S": 362.0,
+}
 
 
 def peak_tflops(configured: float | None, precision: str, device: torch.device) -> float:

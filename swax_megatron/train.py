@@ -42,8 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         validate(config, int(os.environ.get("WORLD_SIZE", "1")))
         run(config)
     except ValueError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {error}", file=sys.stderr, flush=True)  # the launcher shows rank 0's; the others' stand in their logs
         return USER_ERROR
     return 0
 

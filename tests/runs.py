@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,6 +73,8 @@ def layout(raw: dict[str, Any]) -> Iterator[tuple[Config, Any]]:
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
+    del state
+    gc.collect()  # models and optimizers hold groups in cycles; a group's threads live as long as it does
 
 
 def train(raw: dict[str, Any]) -> dict[str, list[float]]:

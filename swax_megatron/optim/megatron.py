@@ -71,7 +71,8 @@ class MegatronBackend:
                 state = optimizer.optimizer.state[main]
                 if "exp_avg" not in state:
                     state.update(step=step_tensor(0), exp_avg=torch.zeros_like(main.data), exp_avg_sq=torch.zeros_like(main.data))
-                tensors = {"param": main.detach().view(-1), "exp_avg": state["exp_avg"].view(-1), "exp_avg_sq": state["exp_avg_sq"].view(-1)}
+                tensors = {"param": main.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+                tensors = {name: tensor.view(-1) for name, tensor in tensors.items()}
                 start = optimizer._get_model_param_range_map(parameter)["param"].start
                 pieces.append(Piece(parameter, start, tensors))
         return fragments(self._inner, pieces, self._groups, saving=saving)

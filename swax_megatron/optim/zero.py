@@ -8,6 +8,8 @@ before that reduction.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 
@@ -68,7 +70,8 @@ class ZeroBackend:
     def __init__(self, config: Config, chunks: list[nn.Module], groups: Groups) -> None:
         self.chunks, self._groups = chunks, groups
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        with contextlib.redirect_stdout(io.StringIO()):  # it announces a build of its C++ op even when it only loads it
+            deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         for chunk in chunks:
             chunk.config.finalize_model_grads_func = None
             chunk.config.no_sync_func = None

@@ -79,6 +79,12 @@ def test_two_processes_equal_one(name: str, precision: str, workers: Any, corpus
     assert found["loss/validation"] == pytest.approx(expected["loss/validation"], abs=BOUND[precision])
 
 
+@pytest.mark.parametrize("precision", BOUND)
+def test_the_two_optimizers_agree_on_one_gpu(precision: str, workers: Any, corpus: Path, tmp_path: Path, alone: Any) -> None:
+    found = workers(1).run(runs.train, settings(corpus, tmp_path, precision, **MEGATRON))[0]
+    assert found["loss/train"] == pytest.approx(alone(precision)["loss/train"], abs=BOUND[precision])
+
+
 @pytest.mark.parametrize("other", ["DP2 ZeRO-1", "DP2, Megatron's optimizer", "PP2"])
 def test_saved_at_tp2_continued_elsewhere(other: str, workers: Any, corpus: Path, tmp_path: Path, alone: Any) -> None:
     need(LAYOUTS[other])

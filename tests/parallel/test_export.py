@@ -15,8 +15,6 @@ from swax_megatron.hf import export
 from tests import runs
 from tests.workers import Workers
 
-pytestmark = pytest.mark.xdist_group("parallel")
-
 VOCABULARY, LENGTH, WINDOW = 700, 92, 9
 
 
@@ -25,9 +23,11 @@ def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """This test suite's own source text, tokenised and sharded by the real programs."""
     folder = tmp_path_factory.mktemp("text")
     here = str(Path(__file__).parent.parent)
-    assert tokenizer.main(["--input", here, "--glob", "*.py", "--out", str(folder / "tokenizer.model"), "--vocab-size", str(VOCABULARY)]) == 0
-    arguments = ["--input", here, "--glob", "*.py", "--tokenizer", str(folder / "tokenizer.model"), "--out", str(folder / "data")]
-    assert shard.main([*arguments, "--validation-fraction", "0.2", "--workers", "1"]) == 0
+    source = ["--input", here, "--glob", "*.py"]
+    model = str(folder / "tokenizer.model")
+    assert tokenizer.main([*source, "--out", model, "--vocab-size", str(VOCABULARY)]) == 0
+    options = ["--validation-fraction", "0.2", "--workers", "1"]
+    assert shard.main([*source, "--tokenizer", model, "--out", str(folder / "data"), *options]) == 0
     return folder / "data"
 
 
@@ -92,6 +92,7 @@ def test_export_equals_the_training_model(
         difference = (exported(tokens).logits - expected).abs().max().item()
     assert difference <= 1e-4, difference
 
-    encoded = AutoTokenizer.from_pretrained(tmp_path / "export", trust_remote_code=True)("def test_something(self):\n    assert", return_tensors="pt")
+    pieces = AutoTokenizer.from_pretrained(tmp_path / "export", trust_remote_code=True)
+    encoded = pieces("def test_something(self):\n    assert", return_tensors="pt")
     settings = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
     assert torch.equal(exported.generate(**encoded, **settings), exported.generate(**encoded, **settings, use_cache=False))

@@ -21,8 +21,6 @@ from tests import runs
 from tests.parallel.conftest import END, START
 from tests.workers import Workers
 
-pytestmark = pytest.mark.xdist_group("parallel")
-
 LOSS, GRAD_NORM, WEIGHT, MOMENT = 5e-6, 1e-5, 5e-6, 5e-5
 TP2, TP2_SP = {"tensor": 2, "sequence": False}, {"tensor": 2}
 MEGATRON = {"backend": "megatron"}

@@ -13,8 +13,6 @@ from swax_megatron.model.window import WindowSchedule
 from tests import runs
 from tests.workers import Workers
 
-pytestmark = pytest.mark.xdist_group("parallel")
-
 
 def train_with_a_stray_rank(raw: dict[str, Any], field: str, value: Any) -> str:
     """Rank 1 runs another schedule; what stopped the run, as this rank tells it."""

@@ -19,8 +19,6 @@ import yaml
 from tests import runs
 from tests.workers import Workers, free_port
 
-pytestmark = pytest.mark.xdist_group("parallel")
-
 STEPS = 8
 BACKENDS = ["zero", "megatron"]
 
@@ -78,7 +76,12 @@ def test_resume_at_other_layouts_reads_the_same_data(corpus: Path, tmp_path: Pat
     """
     first = config(corpus, tmp_path / "run", steps=STEPS, parallel={"tensor": 2})
     whole = workers(2).run(runs.train, first)[0]
-    layouts = [(2, {"parallel": {"pipeline": 2}}), (2, {"optimizer": {"backend": "megatron"}}), (1, {}), (1, {"train": {"micro_batch_size": 4}})]
+    layouts: list[tuple[int, dict[str, Any]]] = [
+        (2, {"parallel": {"pipeline": 2}}),
+        (2, {"optimizer": {"backend": "megatron"}}),
+        (1, {}),
+        (1, {"train": {"micro_batch_size": 4}}),
+    ]
     for size, sections in layouts:
         forget_after(tmp_path / "run", 3)
         other = workers(size).run(runs.train, config(corpus, tmp_path / "run", **sections))[0]

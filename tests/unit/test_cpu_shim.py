@@ -15,7 +15,15 @@ from tests import runs
 from tests.workers import free_port
 
 # Questions about the machine; they answer truthfully without CUDA and change nothing.
-HARMLESS = {"is_available", "device_count", "is_initialized", "is_current_stream_capturing", "is_bf16_supported", "_is_compiled", "is_in_bad_fork"}
+HARMLESS = {
+    "is_available",
+    "device_count",
+    "is_initialized",
+    "is_current_stream_capturing",
+    "is_bf16_supported",
+    "_is_compiled",
+    "is_in_bad_fork",
+}
 
 PROGRAM = """
 import json, sys, types

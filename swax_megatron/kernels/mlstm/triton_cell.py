@@ -110,8 +110,8 @@ def scan_states(
         state = tl.zeros([BLOCK], tl.float32)
         if START:
             state = tl.load(c0_ptr + bh * K * V + at).to(tl.float32)
-        every = bh * C * K * V + at
-        state = _scan(states_ptr + every, other_c_ptr + every, passed_ptr, decay_ptr, state, bh * 0, C, K * V, TILES, REVERSE, 4)
+        all_at = bh * C * K * V + at
+        state = _scan(states_ptr + all_at, other_c_ptr + all_at, passed_ptr, decay_ptr, state, bh * 0, C, K * V, TILES, REVERSE, 4)
         if END:
             tl.store(c_end_ptr + bh * K * V + at, state)
     else:
@@ -119,7 +119,8 @@ def scan_states(
         norm = tl.zeros([K], tl.float32)
         if START:
             norm = tl.load(n0_ptr + bh * K + dk).to(tl.float32)
-        norm = _scan(norms_ptr + bh * C * K + dk, other_n_ptr + bh * C * K + dk, passed_ptr, decay_ptr, norm, bh * 0, C, K, TILES, REVERSE, 4)
+        every = bh * C * K + dk
+        norm = _scan(norms_ptr + every, other_n_ptr + every, passed_ptr, decay_ptr, norm, bh * 0, C, K, TILES, REVERSE, 4)
         if END:
             tl.store(n_end_ptr + bh * K + dk, norm)
 
@@ -146,7 +147,9 @@ def pair_scores(
         q = tl.load(q_ptr + lane[:, None] * stride_qt + (d + dd)[None, :], mask=t_real[:, None], other=0.0)
         k = tl.load(k_ptr + lane[None, :] * stride_kt + (d + dd)[:, None], mask=s_real[None, :], other=0.0)
         scores = tl.dot(q.to(DT), k.to(DT), scores, input_precision="ieee")
-        if si == 0:
+    if si == 0:
+        for d in range(0, K, BD):  # not in the loop above: there it raced with the asynchronous product (Triton 3.6, Hopper)
+            q = tl.load(q_ptr + lane[:, None] * stride_qt + (d + dd)[None, :], mask=t_real[:, None], other=0.0)
             read += tl.sum(q.to(tl.float32) * tl.load(norms_ptr + d + dd)[None, :], 1)
     base = bh * C * LC
     t, s = t0 + lane, s0 + lane
@@ -348,24 +351,24 @@ def combine_gradients(
     block, task = pid // TASKS, pid % TASKS
     zero = task * 0
     if task == 0:
-        acc = _combine(
+        dq = _combine(
             block, bh, zero, dh_ptr, k_ptr, q_ptr, ds_ptr, states_ptr, norms_ptr, wd_ptr, wdd_ptr, rq_ptr,
             T, H, C, stride_gb, stride_gt, stride_gh, stride_kb, stride_kt, stride_kh, stride_qb, stride_qt, stride_qh,
             V, K, LC, BM, K, BS, BD, True, False, True, DT,
         )  # fmt: skip
-        _store(dq_ptr, acc, block, bh, zero, T, H, K, BM, K)
+        _store(dq_ptr, dq, block, bh, zero, T, H, K, BM, K)
     elif task == 1:
-        acc = _combine(
+        dk = _combine(
             block, bh, zero, v_ptr, q_ptr, k_ptr, ds_ptr, d_states_ptr, d_norms_ptr, wk_ptr, wk_ptr, rk_ptr,
             T, H, C, stride_vb, stride_vt, stride_vh, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
             V, K, LC, BM, K, BS, BD, True, True, True, DT,
         )  # fmt: skip
-        _store(dk_ptr, acc, block, bh, zero, T, H, K, BM, K)
+        _store(dk_ptr, dk, block, bh, zero, T, H, K, BM, K)
     else:
         n0 = (task - 2) * BN
-        acc = _combine(
+        dv = _combine(
             block, bh, n0, k_ptr, dh_ptr, k_ptr, p_ptr, d_states_ptr, d_norms_ptr, wk_ptr, wk_ptr, rk_ptr,
             T, H, C, stride_kb, stride_kt, stride_kh, stride_gb, stride_gt, stride_gh, stride_kb, stride_kt, stride_kh,
             K, V, LC, BM, BN, BS, BD, False, True, False, DT,
         )  # fmt: skip
-        _store(dv_ptr, acc, block, bh, n0, T, H, V, BM, BN)
+        _store(dv_ptr, dv, block, bh, n0, T, H, V, BM, BN)

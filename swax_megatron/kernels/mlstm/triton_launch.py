@@ -43,24 +43,22 @@ class Config:
     scan_block: int = 1024
 
 
-def _config(chunk: int, block: int, d_qk: int, d_v: int) -> Config:
-    wide = {"BM": block, "BS": 64, "BD": 64, "BN": min(d_v, 256)}
-    return Config(
-        chunk=chunk,
-        block=block,
-        updates=Tile({"BK": min(d_qk, 128), "BV": min(d_v, 128), "BT": 64}, 8, 2),
-        scores=Tile({"BD": 64}, 8, 3),
-        outputs=Tile(wide, 8, 3),
-        pairs=Tile({"BD": 64}, 8, 3),
-        gradients=Tile(wide, 8, 3),
-    )
+def _config(chunk: int, block: int, d_qk: int, d_v: int, outputs: Tile, gradients: Tile) -> Config:
+    pairs = Tile({"BD": 64}, 8, 4)
+    updates = Tile({"BK": 64, "BV": min(d_v, 256), "BT": 64}, 4, 2)
+    return Config(chunk=chunk, block=block, updates=updates, scores=pairs, outputs=outputs, pairs=pairs, gradients=gradients)
 
 
+def _combined(rows: int, columns: int, warps: int, stages: int) -> Tile:
+    return Tile({"BM": rows, "BN": columns, "BS": 64, "BD": 64}, warps, stages)
+
+
+# The fastest of those tried on an H100 (docs/kernels.md); each was checked there against float64, gradients included.
 CONFIGS: dict[tuple[int, int], Config] = {
-    (64, 64): _config(128, 128, 64, 64),
-    (64, 128): _config(128, 128, 64, 128),
-    (128, 256): _config(256, 128, 128, 256),
-    (256, 512): _config(256, 128, 256, 512),
+    (64, 64): _config(128, 128, 64, 64, _combined(64, 64, 4, 2), _combined(64, 64, 4, 2)),
+    (64, 128): _config(128, 128, 64, 128, _combined(64, 128, 4, 2), _combined(64, 64, 4, 2)),
+    (128, 256): _config(256, 128, 128, 256, _combined(128, 128, 8, 3), _combined(128, 256, 8, 3)),
+    (256, 512): _config(256, 128, 256, 512, _combined(128, 128, 8, 3), _combined(128, 256, 8, 3)),
 }
 
 # The type of the products' operands and of saved states. float16 inputs are rounded to bfloat16 there: a state may exceed 65,504.
@@ -157,7 +155,8 @@ def _scanned(x, y, weight, norm_weight, decay, start, end, others: tuple[Tensor,
     passed = None if others is None else torch.empty(bh, chunks, tiles, device=x.device, dtype=torch.float32)
     cell.scan_states[(tiles, bh)](
         states, norms, decay, *start, *(others or (states, norms)), *end, norms if passed is None else passed, chunks,
-        K=d_k, V=d_v, BLOCK=config.scan_block, START=start[0] is not None, END=end[0].numel() > 0, REVERSE=others is not None, num_warps=4,
+        K=d_k, V=d_v, BLOCK=config.scan_block, START=start[0] is not None, END=end[0].numel() > 0, REVERSE=others is not None,
+        num_warps=8 if others is None else 2,
     )  # fmt: skip
     return states, norms, passed
 

@@ -36,7 +36,7 @@ def norm_gate_gradients(
     weight = tl.load(weight_ptr + head * V + dv).to(tl.float32)[None, :]
     dw = tl.zeros([V], tl.float32)
     for begin in range(program * BR, TOKENS, programs * BR):
-        token = begin.to(tl.int64) + tl.arange(0, BR)
+        token = (begin + tl.arange(0, BR)).to(tl.int64)
         real = (token < TOKENS)[:, None]
         at = (token * H + head)[:, None] * V + dv[None, :]
         dy = tl.load(dy_ptr + token[:, None] * stride_gt + head * stride_gh + dv[None, :], mask=real, other=0.0).to(tl.float32)

@@ -38,8 +38,8 @@ class Config(NamedTuple):
 
 
 NARROW = 512  # windows up to this use the first table: few key blocks a query, no loop for the unmasked ones
-_NARROW = Config(Tile(128, 32, 4, False, 8, 3), Tile(128, 32, 4, False, 8, 3), Tile(32, 64, 1, False, 4, 3))
-_WIDE = Config(Tile(128, 64, 4, True, 8, 3), Tile(64, 64, 4, True, 4, 2), Tile(64, 128, 1, True, 8, 2))
+_NARROW = Config(Tile(64, 32, 4, False, 4, 3), Tile(64, 32, 4, False, 4, 3), Tile(32, 64, 1, False, 4, 3))
+_WIDE = Config(Tile(128, 64, 4, True, 8, 3), Tile(64, 64, 2, True, 4, 2), Tile(32, 64, 1, True, 4, 3))
 CONFIGS: dict[tuple[int, bool], Config] = {  # (head size, window <= NARROW)
     (64, True): _NARROW,
     (64, False): _WIDE,

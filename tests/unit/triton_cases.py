@@ -1,0 +1,160 @@
+"""Triton kernels under Triton's CPU interpreter, in float32 on tiny shapes: `python -m tests.unit.triton_cases mlstm|swa`.
+
+A process of its own (see test_mlstm_triton.py, test_swa_triton.py): TRITON_INTERPRET is read when a kernel is defined and would
+otherwise stay on for every later test. The interpreter shows wrong indexing, masks and mathematics; what a compiler or a GPU can
+get wrong is for tests/gpu.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch  # noqa: E402
+from torch.library import opcheck  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+
+from swax_megatron.kernels.documents import document_bounds  # noqa: E402
+from swax_megatron.kernels.mlstm import MlstmState, mlstm, mlstm_fused, mlstm_step, triton_launch  # noqa: E402
+from swax_megatron.kernels.mlstm.triton_op import mlstm_op  # noqa: E402
+from swax_megatron.kernels.swa import swa, swa_blocked  # noqa: E402
+from swax_megatron.kernels.swa import triton_launch as swa_launch  # noqa: E402
+from swax_megatron.kernels.swa.triton_op import swa_op  # noqa: E402
+
+_patch = interpreter._patch_lang_tensor
+
+
+def _patch_lang_tensor(tensor, scope) -> None:
+    """Triton 3.6 turns one-element arrays into loop bounds with int(), which NumPy 2.4 refuses."""
+    _patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+interpreter._patch_lang_tensor = _patch_lang_tensor
+
+
+def close(name: str, ours, theirs, tolerance: float) -> None:
+    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert bool(torch.isfinite(a).all()), f"{name}, result {index}: not finite"
+        error = float((a.detach().double() - b.detach()).norm() / b.detach().norm().clamp_min(1e-12))
+        assert error < tolerance, f"{name}, result {index}: relative error {error:.1e}"
+
+
+def tiny_mlstm(chunk: int, block: int) -> triton_launch.Config:
+    """Tiles of 16: several programs, chunks, blocks and pipeline steps in a few dozen tokens."""
+    tile, wide = triton_launch.Tile, {"BM": block, "BS": 16, "BD": 16, "BN": 16}
+    updates, depth = {"BK": 16, "BV": 16, "BT": 16}, {"BD": 16}
+    each = [tile(sizes, 4, 2) for sizes in (updates, depth, wide, depth, wide)]
+    return triton_launch.Config(chunk, block, *each, scan_block=64)
+
+
+def mlstm_inputs(batch, length, heads, d_qk, d_v, i_mean, f_mean):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape, mean=0.0):
+        return torch.randn(*shape, generator=generator) + mean
+
+    # q and k around 1: no denominator near zero. Strides as in a layer: heads before time in memory for q, a slice for v.
+    q = draw(batch, heads, length, d_qk, mean=1.0).transpose(1, 2)
+    k = draw(batch, length, heads, d_qk, mean=1.0)
+    v = draw(batch, length, heads, 2 * d_v)[..., d_v:]
+    return [q, k, v, draw(batch, length, heads, mean=i_mean), draw(batch, length, heads, mean=f_mean)]
+
+
+def check_mlstm(name, inputs, boundaries, with_states, config, tolerance=2e-5):
+    """Forward and all gradients of the launches against the float64 reference."""
+    q, k, v, i, f = inputs
+    batch, length, heads, d_qk = q.shape
+    d_v = v.shape[-1]
+    cu_seqlens = None if boundaries is None else torch.tensor(boundaries, dtype=torch.int32)
+    state, wide_state = (None,) * 3, None
+    if with_states:
+        generator = torch.Generator().manual_seed(1)
+        shapes = ((batch, heads, d_qk, d_v), (batch, heads, d_qk), (batch, heads))
+        state = tuple(torch.rand(shape, generator=generator) for shape in shapes)
+        wide_state = MlstmState(*(x.double().requires_grad_() for x in state))
+    start = None if cu_seqlens is None else document_bounds(cu_seqlens, batch, length)[0]
+    triton_launch.CONFIGS[d_qk, d_v] = config
+    h, *end, saved = triton_launch.forward(q, k, v, i, f, start, *state, with_states, 15.0, 1e-6, config)
+
+    wide = [x.double().requires_grad_() for x in inputs]
+    expected, final = mlstm(*wide, cu_seqlens=cu_seqlens, initial_state=wide_state, return_final_state=True, backend="reference")
+    generator = torch.Generator().manual_seed(2)
+    dh = torch.randn(h.shape, generator=generator)
+    loss, d_end, leaves = (expected * dh).sum(), (None, None), list(wide)
+    if with_states:
+        d_end = [torch.randn(x.shape, generator=generator) for x in end[:2]]
+        loss = loss + (final.c_bhkv * d_end[0]).sum() + (final.n_bhk * d_end[1]).sum()
+        leaves += [wide_state.c_bhkv, wide_state.n_bhk]
+        close(f"{name} final state", end, final, tolerance)
+    ours = triton_launch.backward(q, k, v, i, f, start, h, dh, None, *d_end, saved, with_states, 15.0, 1e-6, config)
+    close(name, (h, *ours[: len(leaves)]), (expected, *torch.autograd.grad(loss, leaves)), tolerance)
+
+
+def run_mlstm() -> None:
+    check_mlstm("one short chunk", mlstm_inputs(1, 11, 1, 16, 16, 0.0, 3.0), None, False, tiny_mlstm(32, 16))
+    check_mlstm("two blocks a chunk", mlstm_inputs(1, 70, 2, 16, 32, -10.0, 3.0), None, True, tiny_mlstm(32, 16))
+    documents = [0, 5, 32, 70, 70, 71, 72, 140]
+    check_mlstm("documents", mlstm_inputs(2, 70, 1, 16, 32, 0.0, 2.0), documents, True, tiny_mlstm(32, 16))
+    check_mlstm("documents, one block", mlstm_inputs(2, 70, 1, 16, 16, 5.0, 40.0), documents, True, tiny_mlstm(16, 16), 1e-4)
+    # closed gates: the gradient of f~ is e^-15 of what it is the difference of
+    check_mlstm("closed gates", mlstm_inputs(1, 40, 1, 16, 16, 0.0, -60.0), None, False, tiny_mlstm(32, 16), 2e-3)
+    run_mlstm_operators()
+
+
+def run_mlstm_operators() -> None:
+    """The dispatch, the operators' autograd, the fused layer and the decoding step, with the shipped tiles of (64, 64)."""
+    inputs = [x.requires_grad_() for x in mlstm_inputs(1, 20, 1, 64, 64, 0.0, 3.0)]
+    generator = torch.Generator().manual_seed(3)
+    ogate = torch.randn(1, 20, 1, 64, generator=generator).requires_grad_()
+    weight = torch.rand(64, generator=generator).requires_grad_()
+    leaves = [*inputs, ogate, weight]
+    y, expected = (mlstm_fused(*leaves, backend=backend) for backend in ("triton", "reference"))
+    cotangent = torch.randn(y.shape, generator=generator)
+    close("fused", torch.autograd.grad(y, leaves, cotangent), torch.autograd.grad(expected, leaves, cotangent), 1e-4)
+    h, end = mlstm(*inputs, return_final_state=True, backend="triton")
+    h_expected, end_expected = mlstm(*inputs, return_final_state=True, backend="reference")
+    ours, theirs = (torch.autograd.grad(x.sum() + s.c_bhkv.sum(), inputs) for x, s in ((h, end), (h_expected, end_expected)))
+    close("operator", (h, *end, *ours), (h_expected, *end_expected, *theirs), 1e-4)
+    with torch.no_grad():
+        token = [x[:, 3] for x in inputs]
+        (h, state), (h_expected, state_expected) = (mlstm_step(*token, end, backend=b) for b in ("triton", "reference"))
+        close("step", (h, *state), (h_expected, *state_expected), 1e-5)
+    arguments = (*[x.detach() for x in inputs], None, None, None, None, True, 15.0, 1e-6)
+    opcheck(mlstm_op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def check_swa(name, length, heads, kv_heads, window, boundaries, tile) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, length, heads, 16), (2, length, kv_heads, 16), (2, length, kv_heads, 16))
+    inputs = [torch.randn(s, generator=generator).requires_grad_() for s in shapes]
+    swa_launch.CONFIGS[16, True] = swa_launch.CONFIGS[16, False] = swa_launch.Config(tile, tile, tile)
+    cu_seqlens = None if boundaries is None else torch.tensor(boundaries, dtype=torch.int32)
+    start, end = (None, None) if boundaries is None else document_bounds(cu_seqlens, 2, length)
+    o = swa_op(*inputs, window, start, end, 0.25)[0]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    expected = swa_blocked(*wide, window, cu_seqlens=cu_seqlens)
+    do = torch.randn(o.shape, generator=generator)
+    gradients, theirs = torch.autograd.grad(o, inputs, do), torch.autograd.grad(expected, wide, do.double())
+    close(name, (o, *gradients), (expected, *theirs), 2e-6)
+
+
+def run_swa() -> None:
+    documents = [0, 5, 50, 70, 71, 72, 72, 100, 140]
+    for split in (False, True):
+        for queries, keys, pack in ((16, 16, 1), (32, 16, 2), (16, 32, 2)):
+            tile = swa_launch.Tile(queries, keys, pack, split, 4, 2)
+            check_swa(f"{tile}", 45, 2, 1, 30, None, tile)
+            check_swa(f"{tile} documents", 70, 2, 1, 20, documents, tile)
+    check_swa("narrow", 40, 2, 1, 5, None, tile)
+    check_swa("whole", 40, 1, 1, 1000, None, tile)
+    inputs = [torch.randn(1, 40, heads, 64) for heads in (2, 1, 1)]
+    close("dispatch", [swa(*inputs, 9, backend="triton")], [swa(*inputs, 9, backend="reference")], 1e-5)
+    opcheck(swa_op, (*inputs, 9, None, None, 0.125), test_utils=("test_schema", "test_faketensor"))
+
+
+if __name__ == "__main__":
+    {"mlstm": run_mlstm, "swa": run_swa}[sys.argv[1]]()
+    print("all cases agree")
