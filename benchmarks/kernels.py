@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m benchmarks.kernels",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python -m benchmarks.kernels --cases 'mlstm 7B' 'swa 7B w128' > kernels.jsonl",
+        epilog="example:\n  python -m benchmarks.kernels --cases 'mlstm 7B' 'swa 7B w128' > kernels.jsonl",
     )
     parser.add_argument("--cases", nargs="+", choices=list(cases), default=list(cases), metavar="CASE", help=f"of: {', '.join(cases)}")
     parser.add_argument("--no-peers", action="store_true", help="time our kernels alone")

@@ -1,48 +1,28 @@
 """The training step and the loop.
 
-Everything optional is a callback (``swax_megatron/callbacks``). State that a run carries from step to step is
-``TrainState``; all else is a function of the configuration and the step.
+Everything optional is a callback (``swax_megatron/callbacks``). What a run carries from step to step is ``TrainState``
+(and the optimizer's weights and moments); all else is a function of the configuration and the step.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 
 import torch
 import torch.distributed as dist
 
 from swax_megatron.callbacks.callback import Callback
 from swax_megatron.config import Config
-from swax_megatron.data.mixture import Mixture, SequenceBatch, StreamState
+from swax_megatron.data.mixture import Mixture, SequenceBatch
 from swax_megatron.data.packing import Batch, pack
 from swax_megatron.execution import Pass, run_microbatches
 from swax_megatron.model.window import WindowSchedule, check_agreement
 from swax_megatron.optim.backend import OptimizerBackend
 from swax_megatron.optim.schedules import learning_rate
 from swax_megatron.parallel.groups import Groups
-
-
-@dataclass
-class TrainState:
-    """Where a run stands: ``step`` updates are done, ``data`` says which sequences come next."""
-
-    step: int
-    tokens_seen: int
-    data: StreamState
-
-
-@dataclass
-class StepResult:
-    """What one update did. ``metrics`` holds its scalars by TensorBoard name; callbacks add to it."""
-
-    step: int
-    windows: tuple[int, ...]
-    window: int
-    seconds: float
-    tokens: int
-    metrics: dict[str, float] = field(default_factory=dict)
+from swax_megatron.state import StepResult, TrainState
 
 
 class Trainer:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the trainer runs callbacks; callbacks only need its type
-    from swax_megatron.trainer import StepResult, Trainer
+    from swax_megatron.state import StepResult
+    from swax_megatron.trainer import Trainer
 
 
 class Callback:

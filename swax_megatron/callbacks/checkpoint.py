@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,7 +13,10 @@ from swax_megatron.callbacks.callback import Callback
 from swax_megatron.checkpoint.compatibility import check_resume
 from swax_megatron.checkpoint.store import latest, open_checkpoint, prune, save
 from swax_megatron.config import to_dict
-from swax_megatron.trainer import StepResult, Trainer, TrainState
+from swax_megatron.state import StepResult, TrainState
+
+if TYPE_CHECKING:
+    from swax_megatron.trainer import Trainer
 
 _log = logging.getLogger(__name__)
 

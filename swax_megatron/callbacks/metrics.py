@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -15,7 +16,10 @@ from swax_megatron.callbacks.callback import Callback
 from swax_megatron.config import to_dict, to_yaml
 from swax_megatron.hardware import peak_tflops
 from swax_megatron.model.cost import param_count, training_flops
-from swax_megatron.trainer import StepResult, Trainer
+from swax_megatron.state import StepResult
+
+if TYPE_CHECKING:
+    from swax_megatron.trainer import Trainer
 
 _log = logging.getLogger(__name__)
 

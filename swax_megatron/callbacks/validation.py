@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from swax_megatron.callbacks.callback import Callback
 from swax_megatron.data.mixture import Mixture
 from swax_megatron.execution import Pass, run_microbatches
-from swax_megatron.trainer import StepResult, Trainer
+from swax_megatron.state import StepResult
+
+if TYPE_CHECKING:
+    from swax_megatron.trainer import Trainer
 
 
 class Validation(Callback):

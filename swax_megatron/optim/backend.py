@@ -97,18 +97,6 @@ def mark_decay(chunks: Iterable[nn.Module], config: Config) -> None:
             parameter.decay = config.optimizer.decay_embeddings
 
 
-def build_optimizer(config: Config, chunks: list[nn.Module], groups: Groups) -> OptimizerBackend:
-    """The backend named by optimizer.backend around the given model chunks."""
-    mark_decay(chunks, config)
-    if config.optimizer.backend == "zero":
-        from swax_megatron.optim.zero import ZeroBackend  # importing DeepSpeed takes seconds
-
-        return ZeroBackend(config, chunks, groups)
-    from swax_megatron.optim.megatron import MegatronBackend
-
-    return MegatronBackend(config, chunks, groups)
-
-
 def adamw_arguments(config: Config) -> dict:
     """AdamW's settings as torch names them."""
     optimizer = config.optimizer

@@ -101,7 +101,8 @@ def test_mlstm_documents_states_and_views(d_qk, d_v):
     def run(tensors, state, backend):
         h, end = mlstm(*tensors, cu_seqlens=cu_seqlens, initial_state=state, return_final_state=True, backend=backend)
         generator = torch.Generator("cuda").manual_seed(1)
-        loss = sum((x * torch.randn(x.shape, generator=generator, device="cuda").bfloat16()).double().sum() for x in (h, end.c_bhkv, end.n_bhk))
+        parts = [(x * torch.randn(x.shape, generator=generator, device="cuda").bfloat16()).double().sum() for x in (h, end.c_bhkv, end.n_bhk)]
+        loss = torch.stack(parts).sum()
         return [h, *end, *torch.autograd.grad(loss, [*tensors, state.c_bhkv, state.n_bhk])]
 
     wide = [x.detach().double().requires_grad_() for x in inputs]
@@ -160,7 +161,9 @@ DOCUMENTS = [0, 5, 64, 700, 701, 900, 1400]
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("d", [64, 128])
-@pytest.mark.parametrize("window, heads, kv_heads, boundaries", [(128, 4, 1, None), (100, 6, 2, DOCUMENTS), (600, 4, 4, None), (650, 4, 2, DOCUMENTS)])
+@pytest.mark.parametrize(
+    "window, heads, kv_heads, boundaries", [(128, 4, 1, None), (100, 6, 2, DOCUMENTS), (600, 4, 4, None), (650, 4, 2, DOCUMENTS)]
+)
 def test_swa(dtype, d, window, heads, kv_heads, boundaries):
     generator = torch.Generator("cuda").manual_seed(0)
     inputs = [torch.randn(2, 700, n, d, generator=generator, device="cuda").to(dtype).requires_grad_() for n in (heads, kv_heads, kv_heads)]

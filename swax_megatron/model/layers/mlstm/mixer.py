@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
 from swax_megatron.kernels.mlstm import mlstm
-from swax_megatron.model.linear import ColumnLinear, RowLinear, enter_tensor_parallel, leave_tensor_parallel, new_parameter
+from swax_megatron.model.layers.mixer import Mixer, split_heads
+from swax_megatron.model.linear import ColumnLinear, RowLinear, new_parameter
 from swax_megatron.model.norm import HeadNorm
 from swax_megatron.model.parameters import Initial, declare
 from swax_megatron.model.transformer_config import SwaxTransformerConfig
@@ -36,14 +36,13 @@ class GateProjection(nn.Module):
         return F.linear(x_float_sbh, self.weight.float(), self.bias.float())
 
 
-class MlstmMixer(nn.Module):
+class MlstmMixer(Mixer):
     """q, k, v, output gate and the two scalar gates -> mLSTM cell -> per-head norm -> sigmoid(o) * . -> out."""
 
     def __init__(self, config: SwaxTransformerConfig, layer_number: int, **_: object) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         model = config.model
-        self.heads = model.mlstm_heads // config.tensor_model_parallel_size
+        self.qk_dim, self.v_dim = model.mlstm_qk_dim, model.mlstm_v_dim
         qk, values = model.mlstm_heads * model.mlstm_qk_dim, model.mlstm_heads * model.mlstm_v_dim
         self.q_proj = ColumnLinear(config, config.hidden_size, qk)
         self.k_proj = ColumnLinear(config, config.hidden_size, qk)
@@ -54,39 +53,28 @@ class MlstmMixer(nn.Module):
         self.head_norm = HeadNorm(config, values)
         self.out_proj = RowLinear(config, values, config.hidden_size)
 
-    def forward(self, x_sbh: Tensor, packed_seq_params: SequenceContext, **_: object) -> tuple[Tensor, None]:
-        x_sbh = enter_tensor_parallel(x_sbh, self.config)
+    def project(self, x_sbh: Tensor) -> tuple[Tensor, ...]:
         x_float_sbh = x_sbh.float()
-        tensors = (
-            *(self._heads(projection(x_sbh)) for projection in (self.q_proj, self.k_proj, self.v_proj)),
+        return (
+            split_heads(self.q_proj(x_sbh), self.qk_dim),
+            split_heads(self.k_proj(x_sbh), self.qk_dim),
+            split_heads(self.v_proj(x_sbh), self.v_dim),
             self.igate_proj(x_float_sbh).transpose(0, 1),
             self.fgate_proj(x_float_sbh).transpose(0, 1),
             self.ogate_proj(x_sbh).transpose(0, 1),
         )
 
-        def core(*inputs: Tensor) -> Tensor:
-            return self._core(packed_seq_params, *inputs)
-
-        if self.config.recompute_granularity == "selective" and self.training:
-            y_btn = tensor_parallel.checkpoint(core, False, *tensors)
-        else:
-            y_btn = core(*tensors)
-        return leave_tensor_parallel(self.out_proj(y_btn.transpose(0, 1)), self.config), None
-
-    def _heads(self, x_sbn: Tensor) -> Tensor:
-        """(s, b, H * D) -> (b, s, H, D), a view"""
-        return x_sbn.unflatten(-1, (self.heads, -1)).transpose(0, 1)
-
-    def _core(self, context: SequenceContext, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, o_btn: Tensor) -> Tensor:
+    def core(self, context: SequenceContext, *inputs: Tensor) -> Tensor:
+        q_bthk, k_bthk, v_bthv, igate_bth, fgate_bth, ogate_btn = inputs
         h_bthv = mlstm(
-            q,
-            k,
-            v,
-            i,
-            f,
+            q_bthk,
+            k_bthk,
+            v_bthv,
+            igate_bth,
+            fgate_bth,
             cu_seqlens=context.cu_seqlens,
             gate_cap=self.config.model.gate_cap,
             chunk_size=self.config.kernels.mlstm_chunk,
             backend=self.config.kernels.backend,
         )
-        return torch.sigmoid(o_btn) * self.head_norm(h_bthv)
+        return torch.sigmoid(ogate_btn) * self.head_norm(h_bthv)

@@ -1,0 +1,21 @@
+"""From the configuration to an optimizer backend."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from swax_megatron.config import Config
+from swax_megatron.optim.backend import OptimizerBackend, mark_decay
+from swax_megatron.parallel.groups import Groups
+
+
+def build_optimizer(config: Config, chunks: list[nn.Module], groups: Groups) -> OptimizerBackend:
+    """The backend named by optimizer.backend around the given model chunks."""
+    mark_decay(chunks, config)
+    if config.optimizer.backend == "zero":
+        from swax_megatron.optim.zero import ZeroBackend  # importing DeepSpeed takes seconds
+
+        return ZeroBackend(config, chunks, groups)
+    from swax_megatron.optim.megatron import MegatronBackend
+
+    return MegatronBackend(config, chunks, groups)
