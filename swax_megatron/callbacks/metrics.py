@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from swax_megatron.callbacks.callback import Callback
 from swax_megatron.config import to_dict, to_yaml
@@ -44,7 +45,8 @@ class Metrics(Callback):
         self.lines = self.path.open("a", encoding="utf-8")
         self.writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=first)
         self.writer.add_text("config", "```yaml\n" + to_yaml(config) + "```", first)
-        self.writer.add_text("hparams", json.dumps(_flat(to_dict(config)), indent=1), first)
+        for summary in hparams(_flat(to_dict(config)), {"loss/train": float("nan")}):
+            self.writer.file_writer.add_summary(summary, first)
         _log.info(
             "%s parameters, step %d of %d, %d processes (tensor %d, pipeline %d, data %d) on %s, run directory %s",
             f"{param_count(config.model):,}",
@@ -117,10 +119,14 @@ def _memory(device: torch.device) -> dict[str, float]:
     }
 
 
-def _flat(node: dict, prefix: str = "") -> dict:
-    flat = {}
+def _flat(node: dict, prefix: str = "") -> dict[str, bool | int | float | str]:
+    """Dotted names and plain values, which is what TensorBoard's hparams tab takes."""
+    flat: dict[str, bool | int | float | str] = {}
     for key, value in node.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
     return flat
 
 

@@ -101,8 +101,9 @@ def test_mlstm_documents_states_and_views(d_qk, d_v):
     def run(tensors, state, backend):
         h, end = mlstm(*tensors, cu_seqlens=cu_seqlens, initial_state=state, return_final_state=True, backend=backend)
         generator = torch.Generator("cuda").manual_seed(1)
-        parts = [(x * torch.randn(x.shape, generator=generator, device="cuda").bfloat16()).double().sum() for x in (h, end.c_bhkv, end.n_bhk)]
-        loss = torch.stack(parts).sum()
+        outputs = (h, end.c_bhkv, end.n_bhk)
+        cotangents = [torch.randn(x.shape, generator=generator, device="cuda").bfloat16() for x in outputs]
+        loss = sum((x * d).double().sum() for x, d in zip(outputs, cotangents, strict=True))
         return [h, *end, *torch.autograd.grad(loss, [*tensors, state.c_bhkv, state.n_bhk])]
 
     wide = [x.detach().double().requires_grad_() for x in inputs]

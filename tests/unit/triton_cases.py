@@ -18,7 +18,7 @@ from triton.runtime import interpreter  # noqa: E402
 
 from swax_megatron.kernels.documents import document_bounds  # noqa: E402
 from swax_megatron.kernels.mlstm import MlstmState, mlstm, mlstm_fused, mlstm_step, triton_launch  # noqa: E402
-from swax_megatron.kernels.mlstm.triton_op import mlstm_op  # noqa: E402
+from swax_megatron.kernels.mlstm.triton_op import mlstm_fused_op, mlstm_op  # noqa: E402
 from swax_megatron.kernels.swa import swa, swa_blocked  # noqa: E402
 from swax_megatron.kernels.swa import triton_launch as swa_launch  # noqa: E402
 from swax_megatron.kernels.swa.triton_op import swa_op  # noqa: E402
@@ -113,17 +113,23 @@ def run_mlstm_operators() -> None:
     leaves = [*inputs, ogate, weight]
     y, expected = (mlstm_fused(*leaves, backend=backend) for backend in ("triton", "reference"))
     cotangent = torch.randn(y.shape, generator=generator)
-    close("fused", torch.autograd.grad(y, leaves, cotangent), torch.autograd.grad(expected, leaves, cotangent), 1e-4)
+    close("fused", torch.autograd.grad(y, leaves, cotangent, retain_graph=True), torch.autograd.grad(expected, leaves, cotangent), 1e-4)
     h, end = mlstm(*inputs, return_final_state=True, backend="triton")
     h_expected, end_expected = mlstm(*inputs, return_final_state=True, backend="reference")
     ours, theirs = (torch.autograd.grad(x.sum() + s.c_bhkv.sum(), inputs) for x, s in ((h, end), (h_expected, end_expected)))
     close("operator", (h, *end, *ours), (h_expected, *end_expected, *theirs), 1e-4)
+    h_whole = h_expected
     with torch.no_grad():
         token = [x[:, 3] for x in inputs]
         (h, state), (h_expected, state_expected) = (mlstm_step(*token, end, backend=b) for b in ("triton", "reference"))
         close("step", (h, *state), (h_expected, *state_expected), 1e-5)
     arguments = (*[x.detach() for x in inputs], None, None, None, None, True, 15.0, 1e-6)
     opcheck(mlstm_op, arguments, test_utils=("test_schema", "test_faketensor"))
+    operator = mlstm_op(*inputs, *arguments[5:])
+    gradients = torch.autograd.grad(operator[0].sum() + operator[1].sum(), inputs)
+    close("registered operator", (operator[0], *gradients), (h_whole, *theirs), 1e-4)
+    fused = mlstm_fused_op(*leaves, None, 15.0, 1e-6, 1e-6)[0]
+    close("registered fused operator", torch.autograd.grad(fused, leaves, cotangent), torch.autograd.grad(y, leaves, cotangent), 1e-6)
 
 
 def check_swa(name, length, heads, kv_heads, window, boundaries, tile) -> None:
@@ -151,8 +157,10 @@ def run_swa() -> None:
     check_swa("narrow", 40, 2, 1, 5, None, tile)
     check_swa("whole", 40, 1, 1, 1000, None, tile)
     inputs = [torch.randn(1, 40, heads, 64) for heads in (2, 1, 1)]
-    close("dispatch", [swa(*inputs, 9, backend="triton")], [swa(*inputs, 9, backend="reference")], 1e-5)
-    opcheck(swa_op, (*inputs, 9, None, None, 0.125), test_utils=("test_schema", "test_faketensor"))
+    inputs = [x.requires_grad_() for x in inputs]
+    runs = [swa(*inputs, 9, backend="triton"), swa(*inputs, 9, backend="reference")]
+    close("dispatch", *([o, *torch.autograd.grad(o.square().sum(), inputs)] for o in runs), 1e-5)
+    opcheck(swa_op, (*[x.detach() for x in inputs], 9, None, None, 0.125), test_utils=("test_schema", "test_faketensor"))
 
 
 if __name__ == "__main__":

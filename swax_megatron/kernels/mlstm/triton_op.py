@@ -1,4 +1,6 @@
-"""The mLSTM's Triton kernels as torch operators: `swax::mlstm*`, with shapes for tracing and their gradients.
+"""The mLSTM's Triton kernels under autograd: as operators `swax::mlstm*` for tracing, as Functions in eager mode.
+
+Both do the same; a registered operator costs some 0.3 ms of Python a call more, as much as the kernels of a small layer.
 
 Importing this module needs Triton; the dispatch in `__init__.py` imports it only for tensors it is meant for.
 """
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import triton_launch as launch
 from .state import MlstmState
@@ -23,8 +26,7 @@ def _config(q: Tensor, v: Tensor) -> launch.Config:
     return launch.CONFIGS[q.shape[-1], v.shape[-1]]
 
 
-@torch.library.custom_op("swax::mlstm", mutates_args=())
-def mlstm_op(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -43,6 +45,9 @@ def mlstm_op(
     return (*result, *saved)
 
 
+mlstm_op = torch.library.custom_op("swax::mlstm", _forward, mutates_args=())
+
+
 @mlstm_op.register_fake
 def _(q, k, v, igate, fgate, start, c0, n0, m0, want_state, gate_cap, eps):
     batch, length, heads, d_qk = q.shape
@@ -58,8 +63,7 @@ def _(q, k, v, igate, fgate, start, c0, n0, m0, want_state, gate_cap, eps):
     return empty(batch, length, heads, d_v, dtype=v.dtype), *end, *saved
 
 
-@torch.library.custom_op("swax::mlstm_backward", mutates_args=())
-def mlstm_backward_op(
+def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -84,6 +88,9 @@ def mlstm_backward_op(
     return launch.backward(q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, saved, want_initial, gate_cap, eps, _config(q, v))
 
 
+mlstm_backward_op = torch.library.custom_op("swax::mlstm_backward", _backward, mutates_args=())
+
+
 @mlstm_backward_op.register_fake
 def _(q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, tokens, decay, states, norms, want_initial, gate_cap, eps):
     batch, _, heads, d_qk = q.shape
@@ -99,7 +106,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # or every saved tensor would get a gradient of zeros
 
 
-def _differentiate(ctx, dh, dc_end, dn_end, *_):
+def _differentiate(run, ctx, dh, dc_end, dn_end):
     q, k, v, igate, fgate, start, h, tokens, decay, states, norms = ctx.saved_tensors
     if dh is None:
         dh = torch.zeros_like(h)
@@ -109,18 +116,32 @@ def _differentiate(ctx, dh, dc_end, dn_end, *_):
         dn_end = q.new_zeros(batch, heads, d_qk, dtype=torch.float32) if dn_end is None else dn_end.contiguous()
     else:
         dc_end = dn_end = None
-    gradients = mlstm_backward_op(
+    gradients = run(
         q, k, v, igate, fgate, start, h, dh, None, dc_end, dn_end, tokens, decay, states, norms, ctx.want_initial, ctx.gate_cap, ctx.eps
     )
     initial = gradients[5:] if ctx.want_initial else (None, None)
     return *gradients[:5], None, *initial, None, None, None, None
 
 
-mlstm_op.register_autograd(_differentiate, setup_context=_save)
+mlstm_op.register_autograd(lambda ctx, dh, dc, dn, *_: _differentiate(mlstm_backward_op, ctx, dh, dc, dn), setup_context=_save)
 
 
-@torch.library.custom_op("swax::mlstm_fused", mutates_args=())
-def mlstm_fused_op(
+class _Mlstm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        h, c, n, m = output[:4]
+        ctx.mark_non_differentiable(*((m,) if ctx.want_state else (c, n, m)))
+        return h, c, n, m
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh, dc_end, dn_end, _):
+        return _differentiate(_backward, ctx, dh, dc_end, dn_end)
+
+
+def _fused_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -138,6 +159,9 @@ def mlstm_fused_op(
     return launch.norm_gate_forward(h, launch.flat_rows(ogate), norm_weight, norm_eps), h, *saved
 
 
+mlstm_fused_op = torch.library.custom_op("swax::mlstm_fused", _fused_forward, mutates_args=())
+
+
 @mlstm_fused_op.register_fake
 def _(q, k, v, igate, fgate, ogate, norm_weight, start, gate_cap, eps, norm_eps):
     batch, length, heads, d_qk = q.shape
@@ -148,12 +172,14 @@ def _(q, k, v, igate, fgate, ogate, norm_weight, start, gate_cap, eps, norm_eps)
     return ogate.new_empty(v.shape), v.new_empty(v.shape), tokens, decay, q.new_empty(bh, chunks, d_qk, d_v, dtype=product), norms
 
 
-@torch.library.custom_op("swax::norm_gate_backward", mutates_args=())
-def norm_gate_backward_op(
+def _norm_gate_backward(
     dy: Tensor, h: Tensor, ogate: Tensor, norm_weight: Tensor, norm_eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dh, dogate, dweight, and <dh, h> for the cell's backward pass."""
     return launch.norm_gate_backward(launch.flat_rows(dy), h, launch.flat_rows(ogate), norm_weight, norm_eps)
+
+
+norm_gate_backward_op = torch.library.custom_op("swax::norm_gate_backward", _norm_gate_backward, mutates_args=())
 
 
 @norm_gate_backward_op.register_fake
@@ -168,14 +194,29 @@ def _save_fused(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_fused(ctx, dy, *_):
+def _differentiate_fused(run_norm, run, ctx, dy):
     q, k, v, igate, fgate, ogate, norm_weight, start, h, *saved = ctx.saved_tensors
-    dh, dogate, dweight, dot = norm_gate_backward_op(dy, h, ogate, norm_weight, ctx.norm_eps)
-    cell = mlstm_backward_op(q, k, v, igate, fgate, start, h, dh, dot, None, None, *saved, False, ctx.gate_cap, ctx.eps)
+    dh, dogate, dweight, dot = run_norm(dy, h, ogate, norm_weight, ctx.norm_eps)
+    cell = run(q, k, v, igate, fgate, start, h, dh, dot, None, None, *saved, False, ctx.gate_cap, ctx.eps)
     return *cell[:5], dogate, dweight, None, None, None, None
 
 
-mlstm_fused_op.register_autograd(_differentiate_fused, setup_context=_save_fused)
+mlstm_fused_op.register_autograd(
+    lambda ctx, dy, *_: _differentiate_fused(norm_gate_backward_op, mlstm_backward_op, ctx, dy), setup_context=_save_fused
+)
+
+
+class _MlstmFused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _fused_forward(*inputs)
+        _save_fused(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return _differentiate_fused(_norm_gate_backward, _backward, ctx, dy)
 
 
 @torch.library.custom_op("swax::mlstm_step", mutates_args=())
@@ -204,17 +245,16 @@ def _(q, k, v, igate, fgate, c, n, m, gate_cap, eps):
 def mlstm_cell(q, k, v, igate, fgate, start, state: MlstmState | None, want_state: bool, gate_cap: float | None, eps: float):
     """h and the final state (None unless wanted), differentiable."""
     initial = [None] * 3 if state is None else [x.contiguous() for x in (state.c_bhkv, state.n_bhk, state.m_bh.detach())]
-    h, c, n, m, *_ = mlstm_op(q, k, v, igate, fgate, start, *initial, want_state, _no_cap(gate_cap), eps)
+    run = mlstm_op if torch.compiler.is_compiling() else _Mlstm.apply
+    h, c, n, m, *_ = run(q, k, v, igate, fgate, start, *initial, want_state, _no_cap(gate_cap), eps)
     return h, MlstmState(c, n, m.detach()) if want_state else None
 
 
 def mlstm_fused_cell(q, k, v, igate, fgate, ogate, norm_weight, start, gate_cap: float | None, eps: float, norm_eps: float) -> Tensor:
-    return mlstm_fused_op(q, k, v, igate, fgate, ogate, norm_weight, start, _no_cap(gate_cap), eps, norm_eps)[0]
+    arguments = (q, k, v, igate, fgate, ogate, norm_weight, start, _no_cap(gate_cap), eps, norm_eps)
+    return mlstm_fused_op(*arguments)[0] if torch.compiler.is_compiling() else _MlstmFused.apply(*arguments)
 
 
 def mlstm_step_cell(q, k, v, igate, fgate, state: MlstmState, gate_cap: float | None, eps: float) -> tuple[Tensor, MlstmState]:
     h, *new = mlstm_step_op(q, k, v, igate, fgate, *state, _no_cap(gate_cap), eps)
     return h, MlstmState(*new)
-
-
-__all__ = ["SHAPES", "mlstm_cell", "mlstm_fused_cell", "mlstm_step_cell"]

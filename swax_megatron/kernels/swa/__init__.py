@@ -41,11 +41,11 @@ def swa(
     """
     _check(q_bthd, k_btgd, v_btgd, window, cu_seqlens, backend)
     if _use_triton(backend, q_bthd):
-        from .triton_op import swa_op
+        from .triton_op import attend
 
         start, end = (None, None) if cu_seqlens is None else document_bounds(cu_seqlens, *q_bthd.shape[:2])
         scale = q_bthd.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-        return swa_op(q_bthd, k_btgd, v_btgd, min(window, q_bthd.shape[1]), start, end, scale)[0]
+        return attend(q_bthd, k_btgd, v_btgd, min(window, q_bthd.shape[1]), start, end, scale)
     with torch.autocast(q_bthd.device.type, enabled=False):
         return swa_blocked(q_bthd, k_btgd, v_btgd, window, cu_seqlens=cu_seqlens, softmax_scale=softmax_scale)
 
