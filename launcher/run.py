@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from swax_megatron.config import Config, describe, load_config, to_yaml
-from swax_megatron.validate import model_parallel_size, validate, validate_inputs
+from swax_megatron.validate import model_parallel_size, validate, validate_inputs, validate_run_dir
 
 EPILOG = """\
 example:
@@ -160,6 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(arguments.config, arguments.overrides)
         plan = make_plan(config, [arguments.config, *arguments.overrides], arguments.processes)
+        if not arguments.dry_run:
+            validate_run_dir(config)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

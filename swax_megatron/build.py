@@ -19,10 +19,11 @@ def build_trainer(config: Config, groups: Groups) -> tuple[Trainer, Checkpoints]
     The order of callbacks matters: validation adds to the step's metrics before they are written, and a step's metrics
     are on disk before its checkpoint is.
     """
-    data = build_mixture(config, config.data.train, "train")
+    data = build_mixture(config, config.data.train, "train", config.train.data_seed)
+    tokenizer = data.streams[0].dataset.tokenizer_sha256
     backend = build_optimizer(config, build_model(config, groups), groups)
     checkpoints = Checkpoints(config.run_dir)
     callbacks = [Metrics(config.run_dir), checkpoints]
     if config.validation.interval:
-        callbacks.insert(0, Validation(build_mixture(config, config.data.validation, "validation")))
+        callbacks.insert(0, Validation(build_mixture(config, config.data.validation, "validation", config.validation.seed, tokenizer)))
     return Trainer(config, groups, backend, data, callbacks), checkpoints

@@ -144,7 +144,7 @@ class TrainConfig:
     data_seed: int = _f(1, "seed of the data order")
     window_seed: int = _f(1, "seed of the window draws")
     deterministic: bool = _f(False, "use deterministic algorithms on the GPU (slower)")
-    threads: int = _f(0, "CPU threads a process; 0: cores / processes on the machine")
+    threads: int = _f(0, "CPU threads a process; 0: the launcher gives each cores / processes, torchrun OMP_NUM_THREADS")
     distributed_timeout: float = _f(600.0, "seconds after which a collective that a rank never joined ends the job")
 
 
@@ -153,6 +153,7 @@ class ValidationConfig:
     """Validation at every window of the schedule and at the test window."""
 
     interval: int = _f(500, "steps between validations (also after the last step); 0: never")
+    seed: int = _f(1, "seed of the order of the validation rows, apart from the training data's")
     sequences: int = _f(64, "rows of the validation set that are read, the same every time")
 
 
@@ -325,8 +326,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     for depth, part in enumerate(parents):
         if isinstance(node, list):
             node = _list_item(node, part, override)
-            continue
-        node = node.setdefault(part, {}) if isinstance(node, dict) else None
+        else:
+            node = node.setdefault(part, {})
         if not isinstance(node, (dict, list)):
             raise ValueError(f"override {override!r}: '{'.'.join(parents[: depth + 1])}' is a value, not a section")
     if isinstance(node, list):
@@ -360,6 +361,8 @@ def _resolve(config: Config) -> Config:
             window.test_window = window.anneal_window
         if window.probabilities is None:
             window.probabilities = [1.0 / len(window.windows)] * len(window.windows)
+    if config.parallel.virtual_pipeline == 1:
+        config.parallel.virtual_pipeline = None  # one chunk a stage is the plain schedule
     if config.parallel.tensor == 1:
         config.parallel.sequence = False
     for source in [*config.data.train, *config.data.validation]:

@@ -21,8 +21,8 @@ class StepResult:
     """What one update did. ``metrics`` holds its scalars by TensorBoard name; callbacks add to it."""
 
     step: int
-    windows: tuple[int, ...]
-    window: int
+    windows: tuple[int, ...]  # of every layer
+    attention_windows: tuple[int, ...]  # of the S layers: steps with equal ones are comparable in loss and time
     seconds: float
     tokens: int
     metrics: dict[str, float] = field(default_factory=dict)

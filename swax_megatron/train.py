@@ -17,15 +17,20 @@ from pathlib import Path
 import torch
 
 from swax_megatron.config import Config, describe, load_config, to_yaml
+from swax_megatron.errors import RunError
 from swax_megatron.parallel import device
-from swax_megatron.validate import validate
+from swax_megatron.validate import validate, validate_inputs, validate_run_dir
 
 _log = logging.getLogger(__name__)
-USER_ERROR = 2
+USER_ERROR, RUN_ERROR = 2, 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, validate, run; the exit code is 0, or 2 after one clear sentence for an error of the user's."""
+    """Parse, validate, run.
+
+    The exit code is 0; 2 after one clear sentence for a mistake in the input; 1 after one for a run that cannot go on.
+    SWAX_LOG_LEVEL=DEBUG shows where such a sentence comes from.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m swax_megatron.train",
         description=__doc__,
@@ -36,14 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="section.field=value, e.g. train.steps=50")
     options = parser.parse_args(arguments)
     rank = int(os.environ.get("RANK", "0"))
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    level = os.environ.get("SWAX_LOG_LEVEL", "INFO" if rank == 0 else "WARNING")
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         config = load_config(options.config, options.overrides)
         validate(config, int(os.environ.get("WORLD_SIZE", "1")))
+        validate_inputs(config)
+        validate_run_dir(config)
         run(config)
-    except ValueError as error:
+    except (ValueError, RunError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)  # the launcher shows rank 0's; the others' stand in their logs
-        return USER_ERROR
+        _log.debug("raised here:", exc_info=True)
+        return USER_ERROR if isinstance(error, ValueError) else RUN_ERROR
     return 0
 
 

@@ -17,6 +17,7 @@ from swax_megatron.callbacks.callback import Callback
 from swax_megatron.config import Config
 from swax_megatron.data.mixture import Mixture, SequenceBatch
 from swax_megatron.data.packing import Batch, pack
+from swax_megatron.errors import RunError
 from swax_megatron.execution import Pass, run_microbatches
 from swax_megatron.model.window import WindowSchedule, check_agreement
 from swax_megatron.optim.backend import OptimizerBackend
@@ -42,6 +43,7 @@ class Trainer:
         self.state = TrainState(0, 0, data.initial_state())
         self.callbacks = list(callbacks)
         self.window_check_due = True  # the first step of a process is always checked
+        self.late_metrics: dict[str, float] = {}  # measured after a step's metrics were written: told with the next step's
 
     def fit(self) -> None:
         """Train to the configured number of steps."""
@@ -70,25 +72,30 @@ class Trainer:
         rate = learning_rate(self.config, step, self.state.tokens_seen)
         grad_norm = self.backend.step(rate)
         if not torch.isfinite(torch.tensor([totals.loss, grad_norm])).all():
-            raise RuntimeError(
+            raise RunError(
                 f"step {step}: loss {totals.loss} and gradient norm {grad_norm} are not both finite; nothing of this step is saved. "
                 "Resume from the last checkpoint with a lower optimizer.learning_rate, or inspect the data of this step"
             )
         tokens = train.global_batch_size * self.config.data.sequence_length
         self.state = TrainState(step + 1, self.state.tokens_seen + tokens, data)
+        if self.groups.device.type == "cuda":
+            torch.cuda.synchronize(self.groups.device)  # the update and the gathering of weights belong to this step
         seconds = time.perf_counter() - started
+        seen = self.windows.attention_windows(step)
         metrics = {
             "loss/train": totals.loss,
             "loss/max_over_ranks": totals.worst_rank_loss,
             "optim/grad_norm": grad_norm,
             "optim/learning_rate": rate,
-            "window/size": float(self.windows.window(step)),
+            "window/size": sum(seen) / len(seen),
             "time/step": seconds,
             "time/data_wait_fraction": waited / seconds,
             "data/tokens_seen": float(self.state.tokens_seen),
             "data/targets": totals.targets,
         }
-        return StepResult(step, windows, self.windows.window(step), seconds, tokens, metrics)
+        metrics |= self.late_metrics
+        self.late_metrics = {}
+        return StepResult(step, windows, seen, seconds, tokens, metrics)
 
     def load_microbatches(self, plan: list, data: Mixture | None = None) -> list[Batch]:
         """This data-parallel rank's rows of a global batch, cut into microbatches on the device.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,14 @@ AT_LEAST_ONE = (
 ).split()
 NOT_NEGATIVE = (
     "window.check_interval optimizer.min_learning_rate optimizer.warmup optimizer.weight_decay optimizer.clip_grad "
-    "optimizer.z_loss train.steps train.model_seed train.data_seed train.window_seed train.threads validation.interval "
+    "optimizer.z_loss train.steps train.threads validation.interval "
     "checkpoint.interval checkpoint.keep_last"
 ).split()
 POSITIVE = (
     "model.rope_base model.gate_cap model.norm_eps model.logit_cap model.init_std optimizer.learning_rate optimizer.eps "
     "train.distributed_timeout monitor.peak_tflops"
 ).split()
+SEEDS = "train.model_seed train.data_seed train.window_seed validation.seed".split()
 FRACTION = "window.anneal_fraction optimizer.decay_fraction".split()
 BELOW_ONE = "optimizer.beta1 optimizer.beta2".split()
 
@@ -69,6 +71,17 @@ def validate_inputs(config: Config) -> None:
         raise ValueError(f"data.tokenizer={config.data.tokenizer!r}: no such file; train one with data_prep/tokenizer.py")
 
 
+def validate_run_dir(config: Config) -> None:
+    """Refuse a run directory that cannot be written; makes it where it is missing."""
+    folder = Path(config.run_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"run_dir={config.run_dir!r} cannot be written ({error.strerror}): name another folder") from error
+
+
 def _source(config: Config, where: str, source: SourceConfig) -> None:
     manifest = Path(source.path) / "manifest.json"
     try:
@@ -97,7 +110,9 @@ def _ranges(config: Config) -> None:
     rules = (
         (AT_LEAST_ONE, lambda x: x >= 1, "must be at least 1"),
         (NOT_NEGATIVE, lambda x: 0 <= x < math.inf, "must be 0 or more"),
+        (SEEDS, lambda x: 0 <= x < 2**63, "must be 0 or more and less than 2^63"),
         (POSITIVE, lambda x: 0 < x < math.inf, "must be more than 0 and finite"),
+        (["train.distributed_timeout"], lambda x: x <= 30 * 86400, "must be at most 30 days, in seconds"),
         (FRACTION, lambda x: 0 <= x <= 1, "must lie between 0 and 1"),
         (BELOW_ONE, lambda x: 0 <= x < 1, "must be at least 0 and less than 1"),
     )

@@ -31,20 +31,24 @@ class Checkpoints(Callback):
     def resume(self, trainer: Trainer) -> bool:
         """Continue from the newest complete checkpoint; False where there is none.
 
-        Raises ValueError before anything is changed when its configuration conflicts or a file is damaged.
+        Raises ValueError before anything is changed when its configuration conflicts, a file is damaged, or
+        checkpoint.resume=never meets a run directory that holds checkpoints already.
         """
         groups, config = trainer.groups, trainer.config
-        found = [None]
-        if groups.rank == 0 and config.checkpoint.resume == "auto":
-            found = [latest(self.root)]
+        found = [latest(self.root) if groups.rank == 0 else None]
         torch.distributed.broadcast_object_list(found, src=0, group=groups.cpu)
         if found[0] is None:
             return False
+        if config.checkpoint.resume == "never":
+            raise ValueError(
+                f"checkpoint.resume=never, but {self.root} holds {found[0].name} of an earlier run, which would outlive the new run's "
+                "checkpoints: use another run_dir, move the old one away, or set checkpoint.resume=auto"
+            )
         checkpoint = open_checkpoint(found[0])
         for change in check_resume(checkpoint.config, to_dict(config), config.checkpoint.allow_change, checkpoint.step):
             if groups.rank == 0:
                 _log.info("resume: %s", change)
-        data = trainer.data.state_from_json(checkpoint.state["data"])
+        data = trainer.data.state_from_json(checkpoint.state["data"], allow_new="data.train" in config.checkpoint.allow_change)
         checkpoint.verify(group=groups.cpu)
         checkpoint.read_into(trainer.backend.fragments(saving=False))
         trainer.backend.loaded(checkpoint.step)
@@ -58,9 +62,11 @@ class Checkpoints(Callback):
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         interval = trainer.config.checkpoint.interval
         if interval and (trainer.state.step % interval == 0 or trainer.state.step == trainer.config.train.steps):
+            if trainer.groups.device.type == "cuda":
+                torch.cuda.synchronize(trainer.groups.device)  # what is still running is the step's, not the save's
             started = time.perf_counter()
             self.save(trainer)
-            result.metrics["time/checkpoint_blocking"] = time.perf_counter() - started
+            trainer.late_metrics["time/checkpoint_blocking"] = time.perf_counter() - started
 
     def save(self, trainer: Trainer) -> None:
         """Write the state after ``trainer.state.step`` updates (a collective)."""

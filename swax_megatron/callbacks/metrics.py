@@ -99,9 +99,13 @@ class Metrics(Callback):
         validation = f" · validation {metrics['loss/validation']:.4f}" if "loss/validation" in metrics else ""
         speed = metrics["throughput/tokens_per_second_per_device"] * trainer.groups.world_size
         return (
-            f"step {done}/{total} · loss {metrics['loss/train']:.4f}{validation} · window {result.window} · "
+            f"step {done}/{total} · loss {metrics['loss/train']:.4f}{validation} · window {_range(result.attention_windows)} · "
             f"{speed:,.0f} tok/s · MFU {metrics['throughput/mfu']:.1%} · ETA {_clock(eta)}"
         )
+
+
+def _range(windows: tuple[int, ...]) -> str:
+    return str(windows[0]) if len(set(windows)) == 1 else f"{min(windows)}-{max(windows)}"
 
 
 def _clock(seconds: float) -> str:

@@ -75,6 +75,8 @@ def check_resume(saved_config: dict[str, Any], config: dict[str, Any], allow_cha
             f"this resume changes the run ({'; '.join(flagged)}): put the checkpoint's values back, "
             f"or name what you mean to change, checkpoint.allow_change=[{names}]"
         )
+    if new.train.steps < done_steps:
+        raise ValueError(f"train.steps={new.train.steps}: the checkpoint already holds {done_steps} updates; set train.steps to more")
     _check_windows(old, new, done_steps)
     _check_learning_rate(old, new, allow_change, done_steps)
     return accepted
@@ -137,6 +139,13 @@ def _windows(schedule: WindowSchedule, step: int) -> tuple[int, ...]:
 
 def _check_learning_rate(old: Config, new: Config, allow_change: list[str], done_steps: int) -> None:
     """A new total moves the learning-rate schedule: past steps may be affected only where optimizer.schedule is named as well."""
+    batch_changed = old.train.global_batch_size != new.train.global_batch_size
+    if batch_changed and done_steps and new.optimizer.schedule_unit == "tokens" and "optimizer.schedule" not in allow_change:
+        raise ValueError(
+            f"train.global_batch_size={new.train.global_batch_size} (the checkpoint has {old.train.global_batch_size}) moves a schedule in "
+            "tokens, whose total is train.steps x batch x length: set optimizer.schedule_unit=steps (with optimizer.schedule_unit in "
+            "checkpoint.allow_change), or accept the jump by adding optimizer.schedule to checkpoint.allow_change"
+        )
     if "optimizer.schedule" in allow_change or _total(old) == _total(new) or old.optimizer.schedule != new.optimizer.schedule:
         return
     if new.optimizer.schedule == "wsd":

@@ -21,6 +21,7 @@ from swax_megatron.checkpoint.boxes import Box, tiling_error
 from swax_megatron.checkpoint.folder import COMPLETE, MANIFEST, fsync_folder, publish, write_file
 from swax_megatron.checkpoint.ranks import Ranks
 from swax_megatron.checkpoint.tensorfile import dtype_name, write_tensors
+from swax_megatron.errors import RunError
 
 FORMAT_VERSION = 1
 
@@ -79,7 +80,7 @@ def save(
         group: process group (a gloo one keeps the exchange off the GPU); None: the default group, or this process alone.
 
     Raises (on every rank, and nothing is left under ``step_N``): ValueError for fragments that leave a hole, overlap or disagree,
-    and for config or state that is no JSON; RuntimeError, naming the rank, for anything else that fails (a full disk).
+    and for config or state that is no JSON; RunError, naming the rank, for anything else that fails (a full disk).
     A complete ``step_N`` is replaced; an incomplete or foreign one is moved aside.
     """
     ranks = Ranks.of(group)
@@ -214,4 +215,4 @@ def _raise(failure: dict[str, str] | None, step: int, cause: Exception | None) -
     if failure is None:
         return
     text = f"checkpoint step_{step} was not saved: {failure['text']}"
-    raise (ValueError(text) if failure["kind"] == "value" else RuntimeError(text)) from cause
+    raise (ValueError(text) if failure["kind"] == "value" else RunError(text)) from cause

@@ -97,24 +97,25 @@ class Mixture:
         }
         return {"sample": state.sample, "seed": self.seed, "sequence_length": self.sequence_length, "sources": sources}
 
-    def state_from_json(self, saved: dict[str, Any]) -> StreamState:
+    def state_from_json(self, saved: dict[str, Any], *, allow_new: bool = False) -> StreamState:
         """The state that ``state_to_json`` gave, in this mixture's order of sources.
 
-        Weights may have changed: they act on samples not drawn yet. ValueError, naming it, for a source that was added,
-        removed, renamed or written anew, and for another seed or sequence length: the order could not be continued exactly.
+        Weights may have changed: they act on samples not drawn yet. With ``allow_new`` a further source starts at its
+        beginning. ValueError, naming it, for a source that was added without that, removed, renamed or written anew, and
+        for another seed or sequence length: the order could not be continued exactly.
         """
         for key, value in (("seed", self.seed), ("sequence_length", self.sequence_length)):
             if saved[key] != value:
                 raise ValueError(f"the checkpoint read its data with {key}={saved[key]}, not {value}: set it back or start a new run")
         sources = saved["sources"]
         for name in self.names:
-            if name not in sources:
+            if name not in sources and not allow_new:
                 known = ", ".join(sources)
                 raise ValueError(f"source {name!r} is not among the checkpoint's ({known}): keep the sources or start a new run")
         for name in sources:
             if name not in self.names:
                 raise ValueError(f"the checkpoint's source {name!r} is missing from the configuration: keep it (weight 0 if it is used up)")
         for name, stream in zip(self.names, self.streams, strict=True):
-            if sources[name]["data_set"] != stream.dataset.fingerprint:
+            if name in sources and sources[name]["data_set"] != stream.dataset.fingerprint:
                 raise ValueError(f"source {name!r} at {stream.dataset.path} is not what the checkpoint read: its manifest differs")
-        return StreamState(int(saved["sample"]), tuple(int(sources[name]["position"]) for name in self.names))
+        return StreamState(int(saved["sample"]), tuple(int(sources[name]["position"]) if name in sources else 0 for name in self.names))

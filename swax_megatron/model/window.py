@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from swax_megatron import randomness
 from swax_megatron.config import Config
+from swax_megatron.errors import RunError
 from swax_megatron.model.pattern import parse_pattern
 
 
@@ -75,6 +76,11 @@ class WindowSchedule:
         """The window of every layer at a step; an F layer's is the sequence length."""
         return self.expand([self.window(step, layer) for layer in range(len(self.kinds))])
 
+    def attention_windows(self, step: int) -> tuple[int, ...]:
+        """The windows of the S layers at a step; without S layers, the one that they would have."""
+        windows = tuple(window for kind, window in zip(self.kinds, self.layers(step), strict=True) if kind == "S")
+        return windows or (min(self.window(step), self.sequence_length),)
+
     def expand(self, window: int | list[int]) -> tuple[int, ...]:
         """One window (or one a layer) -> the window of every layer, clipped to the sequence."""
         each = [window] * len(self.kinds) if isinstance(window, int) else window
@@ -90,16 +96,16 @@ class WindowSchedule:
 def check_agreement(windows: tuple[int, ...], fingerprint: int, step: int, group: dist.ProcessGroup, device: torch.device) -> None:
     """Stop the run when ranks disagree on this step's windows or on the schedule (a collective over ``group``).
 
-    Raises RuntimeError on every rank, naming both sides.
+    Raises RunError on every rank, naming both sides.
     """
     code = int.from_bytes(hashlib.blake2b(repr(windows).encode(), digest_size=8).digest(), "little") >> 1
-    mine = torch.tensor([windows[0] if windows else 0, max(windows, default=0), code, fingerprint], dtype=torch.int64, device=device)
+    mine = torch.tensor([min(windows), code, fingerprint], dtype=torch.int64, device=device)
     everyone = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(everyone, mine, group=group)
     views = [tuple(view.tolist()) for view in everyone]
     if len(set(views)) > 1:
-        different = [f"rank {rank}: largest window {view[1]}, schedule {view[3]:016x}" for rank, view in enumerate(views)]
-        raise RuntimeError(
+        different = [f"rank {rank}: smallest window {view[0]}, schedule {view[2]:016x}" for rank, view in enumerate(views)]
+        raise RunError(
             f"step {step}: ranks disagree on the attention window; every rank must run the same window configuration and seed. "
             + "; ".join(different[:8])
         )

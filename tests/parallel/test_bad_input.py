@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -51,3 +53,71 @@ def test_one_sentence(name: str, program: str, corpus: Path, tmp_path: Path) -> 
     for word in words:
         assert word in errors[0]
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def another_tokenizer(corpus: Path) -> None:
+    """The validation set as another tokenizer of the same size would have left it: its fingerprint differs."""
+    folder = corpus / "validation"
+    model = folder / "tokenizer.model"
+    model.write_bytes(b"another tokenizer")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["tokenizer"]["sha256"] = hashlib.sha256(model.read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_validation_of_another_tokenizer(corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus, tmp_path / "corpus")
+    another_tokenizer(tmp_path / "corpus")
+    raw = runs.small_config(tmp_path / "corpus", tmp_path / "run", validation={"interval": 1})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
+    command = [sys.executable, "-m", "swax_megatron.train", str(tmp_path / "config.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2 and "error: data.validation source 'validation'" in done.stderr, done.stderr
+
+
+def test_never_resume_refuses_a_used_run_dir(corpus: Path, tmp_path: Path, workers: Any) -> None:
+    """The old checkpoints have higher step numbers: pruning would keep them and drop the new run's."""
+    raw = runs.small_config(corpus, tmp_path / "run", checkpoint={"interval": 2})
+    workers(1).run(runs.train, raw)
+    raw["checkpoint"]["resume"] = "never"
+    message = workers(1).run(refused, raw)[0]
+    assert "checkpoint.resume=never" in message and "another run_dir" in message
+
+
+def refused(raw: dict[str, Any]) -> str:
+    from swax_megatron.build import build_trainer
+
+    with runs.layout(raw) as (config, groups):
+        trainer, checkpoints = build_trainer(config, groups)
+        try:
+            checkpoints.resume(trainer)
+        except ValueError as error:
+            return str(error)
+        return "no error"
+
+
+def loss_explodes(raw: dict[str, Any]) -> str:
+    from swax_megatron.build import build_trainer
+    from swax_megatron.errors import RunError
+
+    with runs.layout(raw) as (config, groups):
+        trainer, _ = build_trainer(config, groups)
+        try:
+            trainer.fit()
+        except RunError as error:
+            return str(error)
+        return "no error"
+
+
+@pytest.mark.parametrize("backend", ["zero", "megatron"])
+def test_a_loss_that_is_not_finite_stops_the_run(backend: str, corpus: Path, tmp_path: Path, workers: Any) -> None:
+    """Before anything of that step is saved; on every rank."""
+    raw = runs.small_config(
+        corpus,
+        tmp_path / "run",
+        optimizer={"backend": backend, "learning_rate": 1e30, "eps": 1e-8, "warmup": 0},
+        checkpoint={"interval": 1},
+        train={"steps": 20},
+    )
+    for message in workers(2).run(loss_explodes, raw):
+        assert "not both finite" in message and "optimizer.learning_rate" in message

@@ -88,8 +88,8 @@ def test_the_paper_sizes(size: str, parameters: float) -> None:
     assert cost.param_count(load_config(f"configs/swax_{size}.yaml").model) == pytest.approx(parameters, rel=0.01)
 
 
-def counted_flops(raw: dict[str, Any]) -> float:
-    """Forward matrix-product FLOPs of one row as torch counts them."""
+def counted_flops(raw: dict[str, Any]) -> dict[str, float]:
+    """Forward matrix-product FLOPs of one row as torch counts them: by module path inside the model, and "" for all."""
     from swax_megatron.build import build_trainer
     from swax_megatron.execution import Pass, run_microbatches
 
@@ -99,24 +99,39 @@ def counted_flops(raw: dict[str, Any]) -> float:
         job = Pass(config, groups, trainer.backend.chunks, trainer.windows.layers(0))
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             run_microbatches(job, trainer.load_microbatches(plan), backward=False)
-        return float(counter.get_total_flops())
+        counts = {path.partition(".")[2]: float(sum(by_operation.values())) for path, by_operation in counter.get_flop_counts().items()}
+        return {**counts, "": float(counter.get_total_flops())}
+
+
+MIXER_PROJECTIONS = {
+    "M": {"q_proj", "k_proj", "v_proj", "ogate_proj", "igate_proj", "fgate_proj", "out_proj"},
+    "S": {"q_proj", "k_proj", "v_proj", "out_proj"},
+    "F": {"q_proj", "k_proj", "v_proj", "out_proj"},
+}
 
 
 def test_flops_of_the_projections_are_exact(corpus: Path, tmp_path: Path, workers: Any) -> None:
-    """What torch counts beyond the formula are the mixers' cores alone: adding layers' widths to the feed-forward network
-    changes both counts by the same amount, exactly (the padding of the vocabulary is left out of the formula).
+    """Module by module: every kind's projections, the feed-forward networks and the head (with its padding rows) come to the
+    formula's numbers exactly; what torch counts beyond them is the mixers' cores alone.
     """
-    counts, formulas = [], []
-    for width in (48, 96):
-        raw = runs.small_config(corpus, tmp_path, model={"ffn_hidden_size": width})
-        config = from_dict(raw)
-        counts.append(workers(1).run(counted_flops, raw)[0])
-        formulas.append(cost.forward_flops(config.model, runs.SEQUENCE_LENGTH, [5] * 8) * runs.SEQUENCE_LENGTH)
-    assert counts[1] - counts[0] == pytest.approx(formulas[1] - formulas[0], rel=1e-12)
-    config = from_dict(raw)
-    cores = sum(cost.COSTS[kind].core_flops(config.model, runs.SEQUENCE_LENGTH, 5) for kind in "MSMSMSMS") * runs.SEQUENCE_LENGTH
-    padding = 2.0 * config.model.hidden_size * (256 - 200) * runs.SEQUENCE_LENGTH
-    rest = counts[1] - (formulas[1] - cores) - padding
+    raw = runs.small_config(corpus, tmp_path, model={**PATTERN["model"], "mlstm_qk_dim": 6, "mlstm_v_dim": 10, "attention_head_dim": 12})
+    model, tokens, windows = from_dict(raw).model, runs.SEQUENCE_LENGTH, [5] * 6
+    counts = workers(1).run(counted_flops, raw)[0]
+    linear = 0.0
+    for layer, kind in enumerate("MSFMSF"):
+        mixer, mlp = f"decoder.layers.{layer}.self_attention.", f"decoder.layers.{layer}.mlp"
+        projections = {path.removeprefix(mixer): count for path, count in counts.items() if path.startswith(mixer) and count}
+        projections.pop("head_norm", None)
+        assert projections.keys() == MIXER_PROJECTIONS[kind]
+        assert sum(projections.values()) == cost.COSTS[kind].projection_flops(model) * tokens, f"layer {layer} ({kind})"
+        assert counts[mlp] == 2 * 3 * model.hidden_size * model.ffn_hidden_size * tokens
+        linear += sum(projections.values()) + counts[mlp]
+    padded = cost.padded_vocab_size(model.vocab_size)
+    assert counts["output_layer"] == 2 * model.hidden_size * padded * tokens
+    linear += counts["output_layer"] * model.vocab_size / padded  # the formula leaves the padding rows out
+    cores = sum(cost.COSTS[kind].core_flops(model, tokens, 5) for kind in "MSFMSF") * tokens
+    assert cost.forward_flops(model, tokens, windows) * tokens == pytest.approx(linear + cores, rel=1e-12)
+    rest = counts[""] - linear - counts["output_layer"] * (1 - model.vocab_size / padded)
     assert cores <= rest, "the reference's cores cannot do less than the recurrent minimum and the visible keys"
 
 

@@ -61,7 +61,7 @@ def test_events_and_lines_of_a_resumed_run(corpus: Path, tmp_path: Path, workers
 
 def test_throughput_adds_up(corpus: Path, tmp_path: Path, workers: Any) -> None:
     """MFU = FLOPs of the drawn window x tokens a second and device / peak; tokens seen are rows x length."""
-    raw = runs.small_config(corpus, tmp_path, monitor={"peak_tflops": 0.5})
+    raw = runs.small_config(corpus, tmp_path, monitor={"peak_tflops": 0.5}, checkpoint={"interval": 2})
     workers(2).run(runs.train, raw)
     config = from_dict(raw)
     schedule = WindowSchedule.from_config(config)
@@ -73,6 +73,7 @@ def test_throughput_adds_up(corpus: Path, tmp_path: Path, workers: Any) -> None:
         assert line["throughput/mfu"] == pytest.approx(flops * rate / 0.5e12)
         assert line["data/tokens_seen"] == tokens * (line["step"] + 1)
         assert line["window/size"] == schedule.window(line["step"])
+        assert ("time/checkpoint_blocking" in line) == (line["step"] == 2), "a save's time is told with the step after it"
 
 
 def test_the_console(corpus: Path, tmp_path: Path) -> None:

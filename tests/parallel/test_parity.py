@@ -118,7 +118,39 @@ def test_matrix_layout_equals_one_process(name: str, workers: Any, started: Any,
     check(name, *MATRIX[name], workers, started, reference)
 
 
-def test_the_comparison_sees_a_lost_gradient(workers: Any, started: Any, reference: Any) -> None:
+def train_without_model_parallel_sums(raw: dict[str, Any]) -> dict[str, list[float]]:
+    """A whole run in which no gradient is added up over tensor- or pipeline-parallel ranks before the optimizer's reduction."""
+    from swax_megatron.optim.zero import ZeroBackend
+
+    real = ZeroBackend._reduce_over_model_parallel_ranks
+    calls: list[ZeroBackend] = []
+    ZeroBackend._reduce_over_model_parallel_ranks = calls.append
+    try:
+        return runs.train(raw)
+    finally:
+        ZeroBackend._reduce_over_model_parallel_ranks = real
+        assert len(calls) == END - START, "the backend no longer reduces there: lose its gradients elsewhere"
+
+
+@pytest.mark.parametrize("name", ["TP2 SP", "tied PP2"])
+def test_the_comparison_sees_a_lost_gradient(name: str, workers: Any, started: Any, reference: Any) -> None:
+    """Norm weights under sequence parallelism keep a piece of the sequence's gradient, tied tables that of their own stage:
+    the first loss is still right, and the run is told apart from the reference by its gradient norm or weights.
+    """
+    size, sections = {**CASES, **TIED}[name]
+    sections = {**sections, "model": {"tie_embeddings": True} if name in TIED else {}}
+    raw = started(f"lost_{name.replace(' ', '_')}", **sections)
+    run = workers(size).run(train_without_model_parallel_sums, raw)[0], runs.weights(Path(raw["run_dir"]), END)
+    expected = reference(sections["model"])
+    assert run[0]["loss/train"][0] == pytest.approx(expected[0]["loss/train"][0], abs=LOSS, rel=0)
+    norm = abs(run[0]["optim/grad_norm"][0] / expected[0]["optim/grad_norm"][0] - 1)
+    weight, _ = runs.largest_difference(run[1], expected[1])
+    assert norm > 10 * GRAD_NORM or weight > 10 * WEIGHT, (norm, weight)
+    with pytest.raises(AssertionError, match="optim/grad_norm|loss/train|differs by"):
+        compare(run, expected)
+
+
+def test_the_comparison_sees_another_learning_rate(workers: Any, started: Any, reference: Any) -> None:
     """A run that differs in nothing but a thousandth of the learning rate is told apart from the reference."""
     run = execute(workers, 1, started("slower", optimizer={"learning_rate": 5e-3 * 0.999}))
     with pytest.raises(AssertionError):

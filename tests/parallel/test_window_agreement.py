@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,53 +43,88 @@ def test_disagreement_stops_every_rank(field: str, value: Any, corpus: Path, tmp
         assert "rank 0:" in message and "rank 1:" in message
 
 
-def record_windows(raw: dict[str, Any]) -> dict[str, list]:
-    """Hook the kernels' entry points; (step or 'validation', layer's window) of every call on this rank."""
+LAYERS = [[1, 5], [3, 7]]  # global S layers of (MS)x4 by stage: the second layer of chunks 0 and 2 of four, of chunks 1 and 3
+
+
+def record_windows(raw: dict[str, Any]) -> dict[str, Any]:
+    """What every attention core of this rank is called with: (step, global layer, window) of training, by step; and of
+    validation (layer, window) by the loss of the pass.
+
+    The layer is told by where the module stands in this rank's chunks, not by what the module takes itself for.
+    """
     from swax_megatron.build import build_trainer
+    from swax_megatron.callbacks import validation
     from swax_megatron.model.layers.swa import mixer
 
-    calls: list[tuple[int, int]] = []
-    real = mixer.swa
+    calls: list[tuple[int, int, int]] = []
+    running: list[int] = []
+    passes: dict[float, Counter] = {}
+    swa, core, run_microbatches = mixer.swa, mixer.AttentionMixer.core, validation.run_microbatches
 
     with runs.layout(raw) as (config, groups):
         trainer, _ = build_trainer(config, groups)
+        modules = [module for chunk in trainer.backend.chunks for module in chunk.modules() if isinstance(module, mixer.AttentionMixer)]
+        layer_of = dict(zip(map(id, modules), LAYERS[groups.rank], strict=True))
 
-        def recording(q: Any, k: Any, v: Any, window: int, **named: Any) -> Any:
-            calls.append((trainer.state.step, window))
-            return real(q, k, v, window, **named)
+        def recording_core(self: Any, *arguments: Any) -> Any:
+            running.append(layer_of[id(self)])
+            try:
+                return core(self, *arguments)
+            finally:
+                running.pop()
 
-        mixer.swa = recording
+        def recording_swa(q: Any, k: Any, v: Any, window: int, **named: Any) -> Any:
+            calls.append((trainer.state.step, running[-1], window))
+            return swa(q, k, v, window, **named)
+
+        def recording_pass(*arguments: Any, **named: Any) -> Any:
+            calls.clear()
+            totals = run_microbatches(*arguments, **named)
+            passes[totals.loss] = Counter((layer, window) for _, layer, window in calls)
+            return totals
+
+        mixer.swa, mixer.AttentionMixer.core, validation.run_microbatches = recording_swa, recording_core, recording_pass
         try:
-            result = []
+            steps = []
             for _ in range(config.train.steps):
+                calls.clear()
                 trainer.train_step()
-                result.append(calls[:])
-                calls.clear()
-            for window in (5, 23):
-                validation = next(callback for callback in trainer.callbacks if type(callback).__name__ == "Validation")
-                validation.losses(trainer)
-                assert {w for _, w in calls} == {5, 23}, window
-                calls.clear()
+                steps.append(Counter(calls))
+            (callback,) = [each for each in trainer.callbacks if isinstance(each, validation.Validation)]
+            losses = callback.losses(trainer)
         finally:
-            mixer.swa = real
+            mixer.swa, mixer.AttentionMixer.core, validation.run_microbatches = swa, core, run_microbatches
         dist.barrier()
-        return {"steps": result, "expected": [trainer.windows.layers(step) for step in range(config.train.steps)]}
+        schedule = [trainer.windows.layers(step) for step in range(config.train.steps)]
+        return {"steps": steps, "schedule": schedule, "losses": losses, "passes": passes}
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_every_call_gets_the_drawn_window(recompute: str, corpus: Path, tmp_path: Path, workers: Callable[[int], Workers]) -> None:
-    """PP2, two virtual chunks a stage, per-layer windows: 2 S layers a rank, 4 microbatches, forward and recomputation."""
+    """PP2, two virtual chunks a stage, per-layer windows: 2 S layers a rank, 4 microbatches, forward and recomputation;
+    then validation, where the loss named after a window is that of a pass in which every S layer had that window.
+    """
     raw = runs.small_config(
         corpus,
         tmp_path / "run",
         parallel={"pipeline": 2, "virtual_pipeline": 2},
-        window={"per_layer": True},
-        train={"recompute": recompute},
+        window={"per_layer": True, "anneal_fraction": 0.25, "anneal_window": 14, "test_window": 40},
+        train={"recompute": recompute, "window_seed": 5},
         validation={"interval": 1},
     )
-    ranks = workers(2).run(record_windows, raw)
-    layers = [[1, 5], [3, 7]]  # global S layers of (MS)x4 on each stage: chunks 0 and 2 of four, chunks 1 and 3
-    for rank, report in enumerate(ranks):
-        for calls, windows in zip(report["steps"], report["expected"], strict=True):
-            expected = sorted(windows[layer] for layer in layers[rank] for _ in range(4 * (1 if recompute == "none" else 2)))
-            assert sorted(window for _, window in calls) == expected
+    reports = workers(2).run(record_windows, raw)
+    schedule = reports[0]["schedule"]
+    assert reports[1]["schedule"] == schedule
+    assert len({tuple(windows[layer] for windows in schedule) for layer in (1, 3, 5, 7)}) == 4, "two layers could swap unseen"
+    assert set(schedule[3]) == {14}, "the last step is annealed"
+    forwards, validation_batches = 4 * (1 if recompute == "none" else 2), 6  # 5 validation rows, filled up for 2 stages
+    for rank, report in enumerate(reports):
+        for step, (calls, windows) in enumerate(zip(report["steps"], schedule, strict=True)):
+            assert calls == {(step, layer, windows[layer]): forwards for layer in LAYERS[rank]}
+        losses, passes = report["losses"], report["passes"]
+        assert losses == reports[0]["losses"]
+        assert losses.keys() == {"loss/validation", *(f"loss/validation/window_{window}" for window in (5, 14, 23, 40))}
+        assert len(passes) == 4, "equal losses at two windows: the passes cannot be told apart"
+        for window in (5, 14, 23, 40):
+            assert passes[losses[f"loss/validation/window_{window}"]] == {(layer, window): validation_batches for layer in LAYERS[rank]}
+        assert losses["loss/validation"] == losses["loss/validation/window_40"]

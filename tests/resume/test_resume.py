@@ -16,17 +16,17 @@ import pytest
 import torch
 import yaml
 
+from swax_megatron.checkpoint.store import open_checkpoint
 from tests import runs
 from tests.workers import Workers, free_port
 
-STEPS = 8
-BACKENDS = ["zero", "megatron"]
+STEPS, ANNEALED_FROM = 8, 4
 
 
 def config(corpus: Path, run_dir: Path, steps: int = STEPS, interval: int = 3, **sections: Any) -> dict[str, Any]:
-    """Annealed from step 7 of 8 on; a checkpoint at steps 3 and 6 and at the end. Rows begin and end inside documents."""
+    """Annealed from step 4 of 8 on; a checkpoint at steps 3 and 6 and at the end. Rows begin and end inside documents."""
     sections.setdefault("optimizer", {})
-    sections["window"] = {"anneal_fraction": 0.2, **sections.get("window", {})}
+    sections["window"] = {"anneal_fraction": 0.5, "anneal_window": 14, **sections.get("window", {})}
     return runs.small_config(
         corpus,
         run_dir,
@@ -50,21 +50,45 @@ def logged(run_dir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resume_at_the_same_layout_is_bit_equal(backend: str, precision: str, corpus: Path, tmp_path: Path, workers: Any) -> None:
-    """Killed before (3) and in the middle of the annealed phase (6): same losses, weights, moments, to the last bit."""
-    raw = config(corpus, tmp_path / "run", optimizer={"backend": backend}, train={"precision": precision})
+def generators(run_dir: Path, ranks: int) -> list[dict[str, torch.Tensor]]:
+    """The random generators' states that every rank stored with the last checkpoint."""
+    checkpoint = open_checkpoint(run_dir / "checkpoints" / f"step_{STEPS}")
+    states = [checkpoint.rank_state(rank) for rank in range(ranks)]
+    assert all("cpu_generator" in state for state in states)
+    return states
+
+
+MEGATRON, BF16 = {"optimizer": {"backend": "megatron"}}, {"train": {"precision": "bf16"}}
+SAME_LAYOUT: dict[str, dict[str, Any]] = {
+    "DP2 ZeRO-1": {"monitor": {"peak_tflops": None}},  # the peak is measured at every start
+    "DP2 ZeRO-1 bf16": BF16,
+    "DP2 Megatron's optimizer": MEGATRON,
+    "DP2 Megatron's optimizer bf16": {**MEGATRON, **BF16},
+    "TP2 SP ZeRO-1 bf16": {"parallel": {"tensor": 2}, **BF16},
+    "PP2 Megatron's optimizer": {"parallel": {"pipeline": 2}, **MEGATRON},
+}
+
+
+@pytest.mark.parametrize("name", SAME_LAYOUT)
+def test_resume_at_the_same_layout_is_bit_equal(name: str, corpus: Path, tmp_path: Path, workers: Any) -> None:
+    """Killed before (3), at (4) and after (6) the first annealed step: the same losses, weights, moments and random
+    generators, to the last bit.
+    """
+    raw = config(corpus, tmp_path / "run", interval=1, **SAME_LAYOUT[name])
     whole = workers(2).run(runs.train, raw)[0]
-    expected = runs.weights(tmp_path / "run", STEPS)
+    assert set(whole["window/size"][:ANNEALED_FROM]) == {5, 23} and set(whole["window/size"][ANNEALED_FROM:]) == {14}
+    expected, drawn = runs.weights(tmp_path / "run", STEPS), generators(tmp_path / "run", 2)
     lines = logged(tmp_path / "run")
-    for killed_at in (6, 3):
+    for killed_at in (6, 4, 3):
         forget_after(tmp_path / "run", killed_at)
         resumed = workers(2).run(runs.train, raw)[0]
         assert resumed["first_step"] == [killed_at]
-        for name in ("loss/train", "optim/grad_norm", "window/size"):
-            assert resumed[name] == whole[name][killed_at:], name
+        for metric in ("loss/train", "optim/grad_norm", "window/size", "data/targets"):
+            assert resumed[metric] == whole[metric][killed_at:], metric
+        assert resumed["loss/validation"] == whole["loss/validation"][-len(resumed["loss/validation"]) :]
         assert runs.largest_difference(runs.weights(tmp_path / "run", STEPS), expected, "")[0] == 0.0
+        for rank, (now, before) in enumerate(zip(generators(tmp_path / "run", 2), drawn, strict=True)):
+            assert all(torch.equal(now[key], before[key]) for key in before), f"rank {rank}, killed at {killed_at}"
         again = logged(tmp_path / "run")
         assert [line["step"] for line in again] == list(range(STEPS)), "a step is missing or logged twice"
         assert [line["loss/train"] for line in again] == [line["loss/train"] for line in lines]

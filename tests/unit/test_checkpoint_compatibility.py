@@ -135,3 +135,20 @@ def test_a_checkpoint_of_an_older_version_lacks_a_field():
     older["train"]["gone"] = 1
     with pytest.raises(ValueError, match="cannot be read by this version.*train.gone"):
         check_resume(older, SAVED, [], 500)
+
+
+def test_a_total_below_what_is_done_is_refused() -> None:
+    saved = to_dict(from_dict({"train": {"steps": 10}, "optimizer": {"warmup": 0}, "window": {"anneal_fraction": 0.0}}))
+    wanted = to_dict(from_dict({"train": {"steps": 3}, "optimizer": {"warmup": 0}, "window": {"anneal_fraction": 0.0}}))
+    with pytest.raises(ValueError, match="already holds 4 updates"):
+        check_resume(saved, wanted, ["train.steps", "optimizer.schedule"], 4)
+
+
+def test_another_batch_under_a_schedule_in_tokens_is_refused() -> None:
+    def config(batch: int) -> dict:
+        return to_dict(from_dict({"train": {"global_batch_size": batch}, "optimizer": {"schedule_unit": "tokens"}}))
+
+    with pytest.raises(ValueError, match="moves a schedule in tokens"):
+        check_resume(config(8), config(16), ["train.global_batch_size"], 50)
+    check_resume(config(8), config(16), ["train.global_batch_size", "optimizer.schedule"], 50)
+    check_resume(config(8), config(16), ["train.global_batch_size"], 0)

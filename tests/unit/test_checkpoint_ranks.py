@@ -136,7 +136,7 @@ def test_errors_are_everybodys(folder):
         "overlap": ["ValueError", "w: chunks", "overlap", "[0:1, 1:2]"],
         "shape": ["ValueError", "w: rank 2 saves F32 [3, 5]"],
         "json": ["ValueError", "state is no JSON"],
-        "disk": ["RuntimeError", "step_8 was not saved: rank 1: OSError"],
+        "disk": ["RunError", "step_8 was not saved: rank 1: OSError"],
         "damage": ["ValueError", "rank_00000.safetensors has another sha256", "rank_00002.safetensors has another sha256"],
     }
     assert errors[0].keys() == expected.keys()

@@ -128,3 +128,12 @@ def test_every_field_is_documented_and_described() -> None:
 def test_the_configuration_page_is_up_to_date() -> None:
     page = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert describe() in page, "docs/configuration.md is stale: run `python scripts/write_docs.py`"
+
+
+def test_one_virtual_chunk_is_the_plain_schedule() -> None:
+    assert from_dict({"parallel": {"pipeline": 2, "virtual_pipeline": 1}}).parallel.virtual_pipeline is None
+
+
+def test_an_override_below_a_value() -> None:
+    with pytest.raises(ValueError, match="is a value, not a section"):
+        load_config(None, ["window.windows=[1, 2]", "window.windows.0.x=3"])

@@ -26,7 +26,7 @@ HARMLESS = {
 }
 
 PROGRAM = """
-import json, sys, types
+import json, os, sys, types
 import torch
 
 called = set()
@@ -37,41 +37,63 @@ def recorded(name, function):
         return function(*arguments, **named)
     return call
 
-for name in dir(torch.cuda):
-    function = getattr(torch.cuda, name)
-    if isinstance(function, types.FunctionType):
-        setattr(torch.cuda, name, recorded(name, function))
+modules = {"": torch.cuda, "memory.": torch.cuda.memory, "random.": torch.cuda.random, "nvtx.": torch.cuda.nvtx}
+ours = [
+    (prefix, module, name, value)
+    for prefix, module in modules.items()
+    for name, value in vars(module).items()
+    if isinstance(value, (types.FunctionType, type)) and value.__module__.startswith("torch.cuda")
+]
+classes = {value: prefix + name for prefix, _, name, value in ours if isinstance(value, type)}
+for prefix, module, name, value in ours:
+    if isinstance(value, types.FunctionType):
+        setattr(module, name, recorded(prefix + name, value))
+for value, name in classes.items():
+    constructor = next((method for method in ("__new__", "__init__") if method in vars(value)), None)
+    if constructor:
+        setattr(value, constructor, recorded(name + "()", getattr(value, constructor)))
 
 if __name__ == "__main__":
     from swax_megatron.train import main
     code = main(sys.argv[2:])
-    json.dump(sorted(called), open(sys.argv[1], "w"))
+    with open(sys.argv[1] + "." + os.environ.get("RANK", "0"), "w") as file:
+        json.dump(sorted(called), file)
     sys.exit(code)
 """
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the shim is for machines without CUDA")
-@pytest.mark.parametrize("backend", ["zero", "megatron"])
-def test_no_other_cuda_call_on_a_training_path(backend: str, corpus: Path, tmp_path: Path) -> None:
-    """Every function of torch.cuda reports its use; the shim replaces its own, so what is left was not foreseen."""
+@pytest.mark.parametrize(
+    ("size", "backend", "parallel"),
+    [(1, "zero", {}), (1, "megatron", {}), (2, "zero", {"tensor": 2}), (2, "megatron", {"pipeline": 2})],
+    ids=["zero", "megatron", "zero TP2 SP", "megatron PP2"],
+)
+def test_no_other_cuda_call_on_a_training_path(size: int, backend: str, parallel: dict, corpus: Path, tmp_path: Path) -> None:
+    """Every function of torch.cuda and of its submodules, and every class when it is constructed, reports its use on every
+    rank; the shim replaces its own, so what is left was not foreseen.
+    """
     import yaml
 
     raw = runs.small_config(
         corpus,
         tmp_path / "run",
         optimizer={"backend": backend},
+        parallel=parallel,
         train={"steps": 2, "recompute": "full", "precision": "bf16"},
         checkpoint={"interval": 1},
         validation={"interval": 1},
     )
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
     (tmp_path / "program.py").write_text(PROGRAM)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port()), "PYTHONPATH": str(Path.cwd())}
-    command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "called.json"), str(tmp_path / "config.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(Path.cwd())}
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(size), "--master-port", str(free_port())] if size > 1 else []
+    environment["MASTER_PORT"] = str(free_port())
+    command = [sys.executable, *launcher, str(tmp_path / "program.py"), str(tmp_path / "called"), str(tmp_path / "config.yaml")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    called = set(json.loads((tmp_path / "called.json").read_text()))
-    assert called - HARMLESS == set()
+    for rank in range(size):
+        called = set(json.loads((tmp_path / f"called.{rank}").read_text()))
+        assert called - HARMLESS == set(), f"rank {rank}"
 
 
 def test_it_rewrites_devices() -> None:

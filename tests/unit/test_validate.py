@@ -13,7 +13,18 @@ from typing import Any
 import pytest
 
 from swax_megatron.config import Config, field_paths, from_dict, load_config
-from swax_megatron.validate import AT_LEAST_ONE, BELOW_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, model_parallel_size, validate, validate_inputs
+from swax_megatron.validate import (
+    AT_LEAST_ONE,
+    BELOW_ONE,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEEDS,
+    model_parallel_size,
+    validate,
+    validate_inputs,
+    validate_run_dir,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -190,6 +201,8 @@ def _set(target: Config, path: str, value: Any) -> Config:
 RANGES = [
     *((path, value, "at least 1") for path in AT_LEAST_ONE for value in (0, -2)),
     *((path, -1, "0 or more") for path in NOT_NEGATIVE),
+    *((path, value, "less than 2^63") for path in SEEDS for value in (-1, 2**63)),
+    ("train.distributed_timeout", 1e7, "30 days"),
     *((path, value, "more than 0") for path in POSITIVE for value in (0.0, -1.0, float("inf"), float("nan"))),
     *((path, value, "between 0 and 1") for path in FRACTION for value in (-0.1, 1.1, float("nan"))),
     *((path, value, "less than 1") for path in BELOW_ONE for value in (-0.1, 1.0, float("nan"))),
@@ -206,7 +219,7 @@ def test_range(path: str, value: Any, requirement: str) -> None:
 
 def test_every_number_has_a_range() -> None:
     """A new numeric field cannot be forgotten."""
-    ranged = {*AT_LEAST_ONE, *NOT_NEGATIVE, *POSITIVE, *FRACTION, *BELOW_ONE}
+    ranged = {*AT_LEAST_ONE, *NOT_NEGATIVE, *POSITIVE, *FRACTION, *BELOW_ONE, *SEEDS}
     elsewhere = {"window.anneal_window", "window.test_window", "optimizer.zero_stage", "format_version"}
 
     def numbers(cls: type, prefix: str) -> typing.Iterator[str]:
@@ -251,3 +264,11 @@ def test_inputs(tmp_path: Path) -> None:
 def test_validation_needs_neither_torch_nor_megatron() -> None:
     code = "import sys, swax_megatron.validate; sys.exit(bool({'torch', 'megatron'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_run_dir_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match="run_dir=.*name another folder"):
+        validate_run_dir(from_dict({"run_dir": str(tmp_path / "file")}))
+    validate_run_dir(from_dict({"run_dir": str(tmp_path / "new" / "run")}))
+    assert list((tmp_path / "new" / "run").iterdir()) == []

@@ -16,7 +16,10 @@ def projection_flops(model: ModelConfig) -> float:
 
 
 def visible_keys(sequence_length: int, window: int) -> float:
-    """Mean number of keys that a query of a row sees: min(t + 1, w) averaged over t < T. The causal half counts once."""
+    """Mean number of keys that a query of a row sees: min(t + 1, w) averaged over t < T. The causal half counts once.
+
+    Documents are not looked at: where many short ones share a row, fewer keys are visible than this says.
+    """
     window = min(window, sequence_length)
     return (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
 
