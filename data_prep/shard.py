@@ -123,7 +123,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=cli.positive, default=os.cpu_count() or 1, help="processes; the output is the same for any")
     parser.add_argument("--shard-size", type=cli.size, default=64 << 20, help="target size of a tar (default 64M)")
     parser.add_argument("--text-key", default="text", help="key or column that holds the text (default %(default)s)")
-    parser.add_argument("--glob", nargs="+", default=list(DEFAULT_GLOB), metavar="PATTERN", help="files to take from folders")
+    kinds = "files to take from folders (default: jsonl, parquet, txt)"
+    parser.add_argument("--glob", nargs="+", default=list(DEFAULT_GLOB), metavar="PATTERN", help=kinds)
     parser.add_argument("--validation-fraction", type=cli.fraction, default=0.0, help="share of documents for OUT/validation, by hash")
     parser.add_argument("--invalid-utf8", choices=["error", "skip", "replace"], default="error", help="default %(default)s")
     parser.add_argument("--max-document-tokens", type=cli.positive, help="longest document allowed, EOS included (default: any)")

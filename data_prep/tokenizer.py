@@ -132,7 +132,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--sample-bytes", type=cli.size, default=50 << 20, help="text to train on, drawn evenly (default 50M)")
     parser.add_argument("--model-type", choices=["bpe"], default="bpe", help="the kind that exports exactly to Hugging Face")
     parser.add_argument("--text-key", default="text", help="key or column that holds the text (default %(default)s)")
-    parser.add_argument("--glob", nargs="+", default=list(DEFAULT_GLOB), metavar="PATTERN", help="files to take from folders")
+    kinds = "files to take from folders (default: jsonl, parquet, txt)"
+    parser.add_argument("--glob", nargs="+", default=list(DEFAULT_GLOB), metavar="PATTERN", help=kinds)
     parser.add_argument("--invalid-utf8", choices=["error", "skip", "replace"], default="error", help="default %(default)s")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model")
     return parser

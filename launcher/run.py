@@ -134,11 +134,27 @@ def start(plan: Plan, run_dir: Path) -> int:
     return 0
 
 
+def _told_on_console(run_dir: Path, log: Path | None) -> bool:
+    """Whether a worker ended with a sentence ("error: ..."); where rank 0 was ended before it could tell it, tell it here."""
+    sentence = _sentence(log)
+    if sentence is not None and _sentence(log.parent.parent / "0" / "stderr.log") is None:
+        print(sentence, file=sys.stderr)
+    return sentence is not None
+
+
+def _sentence(log: Path | None) -> str | None:
+    if log is None or not log.exists():
+        return None
+    return next((line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")), None)
+
+
 def _report(failure: ChildFailedError, run_dir: Path) -> int:
     rank, first = failure.get_first_failure()
     code = first.exitcode if first.exitcode >= 0 else 128 - first.exitcode
     cause = f"exit code {first.exitcode}" if first.exitcode >= 0 else f"signal {-first.exitcode}"
     log = next(iter(sorted(run_dir.glob(f"logs/*/attempt_0/{rank}/stderr.log"), key=lambda p: p.stat().st_mtime, reverse=True)), None)
+    if first.exitcode in (1, 2) and _told_on_console(run_dir, log):
+        return code  # a user's error or a run that cannot go on: its one sentence is enough
     if rank != 0 and log is not None:  # rank 0's lines are on the console already
         print("".join(f"  {line}\n" for line in log.read_text(errors="replace").splitlines()[-20:]), end="", file=sys.stderr)
     print(f"rank {rank} ended first, with {cause}; its log: {log}", file=sys.stderr)

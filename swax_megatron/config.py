@@ -215,7 +215,7 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
         try:
             raw = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except OSError as error:
-            raise ValueError(f"config {path}: {error.strerror or error}") from error
+            raise ValueError(f"config {path} cannot be read ({error.strerror}): give a YAML file, e.g. configs/demo.yaml") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"config {path} is not YAML: {_yaml_problem(error)}") from error
         if not isinstance(raw, dict):

@@ -6,6 +6,7 @@ field, its value and what to do. Nothing here imports megatron; torch is asked f
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import tempfile
@@ -63,12 +64,23 @@ def model_parallel_size(config: Config) -> int:
 
 
 def validate_inputs(config: Config) -> None:
-    """Refuse data folders that are missing or were written with another vocabulary; reads their manifests only."""
+    """Refuse data folders that are missing or were written with other tokenizers; reads their manifests only."""
+    wanted, owner = None, ""
+    if config.data.tokenizer is not None:
+        owner = f"data.tokenizer={config.data.tokenizer!r}"
+        try:
+            wanted = hashlib.sha256(Path(config.data.tokenizer).read_bytes()).hexdigest()
+        except OSError as error:
+            raise ValueError(f"{owner} cannot be read ({error.strerror}); train one with data_prep/tokenizer.py") from error
     for role in ("train", "validation"):
         for index, source in enumerate(getattr(config.data, role)):
-            _source(config, f"data.{role}.{index}.path", source)
-    if config.data.tokenizer is not None and not Path(config.data.tokenizer).is_file():
-        raise ValueError(f"data.tokenizer={config.data.tokenizer!r}: no such file; train one with data_prep/tokenizer.py")
+            where = f"data.{role}.{index}.path"
+            found = _source(config, where, source)
+            if wanted is not None and found is not None and found != wanted:
+                raise ValueError(
+                    f"{where}={source.path!r} was tokenised with another tokenizer than {owner}; shard the text again with one tokenizer"
+                )
+            wanted, owner = wanted or found, owner or f"{where}={source.path!r}"
 
 
 def validate_run_dir(config: Config) -> None:
@@ -82,7 +94,8 @@ def validate_run_dir(config: Config) -> None:
         raise ValueError(f"run_dir={config.run_dir!r} cannot be written ({error.strerror}): name another folder") from error
 
 
-def _source(config: Config, where: str, source: SourceConfig) -> None:
+def _source(config: Config, where: str, source: SourceConfig) -> str | None:
+    """The sha256 of the tokenizer that wrote a data set, where its manifest says."""
     manifest = Path(source.path) / "manifest.json"
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
@@ -97,6 +110,7 @@ def _source(config: Config, where: str, source: SourceConfig) -> None:
             f"model.vocab_size={config.model.vocab_size}: the data set {source.path} was tokenised with a vocabulary of {size}; "
             f"use model.vocab_size={size} or shard the text again"
         )
+    return tokenizer.get("sha256") if isinstance(tokenizer, dict) else None
 
 
 def _value(config: Config, path: str) -> Any:

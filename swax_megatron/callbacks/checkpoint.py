@@ -57,6 +57,8 @@ class Checkpoints(Callback):
         self.saved_step = checkpoint.step
         if groups.rank == 0:
             _log.info("resumed from %s", found[0])
+            if checkpoint.step == config.train.steps:
+                _log.info("all %d steps of train.steps are done: there is nothing left to train", checkpoint.step)
         return True
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:

@@ -49,6 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.path.is_dir():
             raise ValueError(f"{options.path} is no folder: give a run directory or a checkpoint")
         {"list": _list, "verify": _verify, "show": _show, "prune": _prune}[options.command](options)
+    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+        sys.stderr.close()
+        return 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

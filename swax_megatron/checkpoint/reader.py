@@ -33,9 +33,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         text = (path / MANIFEST).read_bytes()
         marker = (path / COMPLETE).read_bytes().strip()
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ValueError(f"{path} is no complete checkpoint ({Path(error.filename).name} is missing): give a step_N folder") from error
+        missing = Path(error.filename).name
+        raise ValueError(f"{path} is no complete checkpoint ({missing} is missing): give one that was saved to the end") from error
     if marker != hashlib.sha256(text).hexdigest().encode():
-        raise ValueError(f"{path / MANIFEST} is not what was saved (its hash is not the one in COMPLETE): use an older checkpoint")
+        raise ValueError(f"{path / MANIFEST} is not what was saved (its hash is not the one in COMPLETE): move it away to use an older one")
     try:
         manifest = json.loads(text)
         version = int(manifest["format_version"])
@@ -122,7 +123,7 @@ class Checkpoint:
                     plan.setdefault(file, []).append((fragment, chunk, common))
         problems = [problem for file in sorted(plan) if (problem := self._size_problem(file)) is not None]
         if problems:
-            raise ValueError(f"checkpoint {self.path} is damaged: {'; '.join(problems)}: use an older checkpoint")
+            raise ValueError(f"checkpoint {self.path} is damaged: {'; '.join(problems)}: move it away to use an older one")
         with torch.no_grad():
             for file in sorted(plan):
                 with open_tensors(self.path / file) as handle:
@@ -160,7 +161,7 @@ class Checkpoint:
                 problems.append(problem)
         problems = sorted(problem for share in ranks.all_gather(problems) for problem in share)
         if problems:
-            raise ValueError(f"checkpoint {self.path} is damaged: {'; '.join(problems)}: use an older checkpoint")
+            raise ValueError(f"checkpoint {self.path} is damaged: {'; '.join(problems)}: move it away to use an older one")
         return sorted(entry.name for entry in self.path.iterdir() if entry.name not in {MANIFEST, COMPLETE, *self.files})
 
     def _require(self, key: str) -> None:

@@ -96,4 +96,4 @@ def open_tensors(path: Path) -> Iterator[Any]:
         with safe_open(str(path), framework="pt", device="cpu") as handle:
             yield handle
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or cannot be read ({error}): use an older checkpoint") from error
+        raise ValueError(f"{path} is damaged or cannot be read ({error}): move it away to use an older one") from error

@@ -122,6 +122,11 @@ class SequenceStream:
             filled += self._copy(epoch, shards[place], 0, ids[filled:], mask[filled:])
         if not self.dataset.has_mask:
             mask[:] = True
+        if int(ids.max()) >= self.dataset.vocab_size:
+            raise ValueError(
+                f"data set {self.dataset.path} is damaged: it holds the id {int(ids.max())}, "
+                f"and its vocabulary has {self.dataset.vocab_size}; find the file with data_prep/verify.py and copy the data set again"
+            )
 
     def _copy(self, epoch: int, shard: int, start: int, ids: np.ndarray, mask: np.ndarray) -> int:
         """Fill ``ids`` and ``mask`` from token ``start`` of a shard's line on; returns how many were there."""

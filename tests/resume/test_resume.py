@@ -178,7 +178,7 @@ def test_a_conflicting_resume_is_refused(sections: dict[str, Any], named: list[s
 
 def test_a_damaged_checkpoint_is_refused_before_training(corpus: Path, tmp_path: Path, workers: Any) -> None:
     """One flipped byte in one file: the program ends with one sentence and exit code 2, and the checkpoint is untouched."""
-    raw = config(corpus, tmp_path / "run", steps=3)
+    raw = config(corpus, tmp_path / "run", steps=3, window={"anneal_fraction": 0.0})
     workers(1).run(runs.train, raw)
     victim = next((tmp_path / "run" / "checkpoints" / "step_3").glob("rank_*0.safetensors"))
     content = bytearray(victim.read_bytes())

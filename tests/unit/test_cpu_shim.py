@@ -49,9 +49,12 @@ for prefix, module, name, value in ours:
     if isinstance(value, types.FunctionType):
         setattr(module, name, recorded(prefix + name, value))
 for value, name in classes.items():
-    constructor = next((method for method in ("__new__", "__init__") if method in vars(value)), None)
-    if constructor:
-        setattr(value, constructor, recorded(name + "()", getattr(value, constructor)))
+    if type(value).__name__ == "tensortype":
+        continue  # torch.cuda.FloatTensor and its like cannot be changed
+    if "__new__" in vars(value):
+        value.__new__ = staticmethod(recorded(name + "()", value.__new__))
+    elif "__init__" in vars(value):
+        value.__init__ = recorded(name + "()", value.__init__)
 
 if __name__ == "__main__":
     from swax_megatron.train import main

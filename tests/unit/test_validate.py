@@ -254,7 +254,7 @@ def test_inputs(tmp_path: Path) -> None:
         validate_inputs(config(data={**data, "validation": [{"path": "nowhere"}]}))
     with pytest.raises(ValueError, match=r"model\.vocab_size=512: .* vocabulary of 640; use model\.vocab_size=640"):
         validate_inputs(config(data={**data, "train": [{"path": other}]}))
-    with pytest.raises(ValueError, match=r"data\.tokenizer='absent\.model': no such file"):
+    with pytest.raises(ValueError, match=r"data\.tokenizer='absent\.model' cannot be read"):
         validate_inputs(config(data={**data, "tokenizer": "absent.model"}))
     (tmp_path / "good" / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"data\.train\.0\.path=.*cannot be read"):
@@ -272,3 +272,19 @@ def test_a_run_dir_that_cannot_be_written(tmp_path: Path) -> None:
         validate_run_dir(from_dict({"run_dir": str(tmp_path / "file")}))
     validate_run_dir(from_dict({"run_dir": str(tmp_path / "new" / "run")}))
     assert list((tmp_path / "new" / "run").iterdir()) == []
+
+
+def test_inputs_of_different_tokenizers(tmp_path: Path) -> None:
+    """Equal vocabulary sizes do not make equal ids; data.tokenizer must be the one that wrote the data as well."""
+    for name, digest in (("a", "1" * 64), ("b", "2" * 64)):
+        (tmp_path / name).mkdir()
+        manifest = {"tokenizer": {"vocab_size": 32768, "sha256": digest}}
+        (tmp_path / name / "manifest.json").write_text(json.dumps(manifest))
+    same = {"train": [{"path": str(tmp_path / "a")}], "validation": [{"path": str(tmp_path / "a")}]}
+    validate_inputs(from_dict({"data": same}))
+    for data in ({**same, "validation": [{"path": str(tmp_path / "b")}]}, {"train": [*same["train"], {"path": str(tmp_path / "b")}]}):
+        with pytest.raises(ValueError, match="another tokenizer"):
+            validate_inputs(from_dict({"data": data}))
+    (tmp_path / "tokenizer.model").write_bytes(b"some model")
+    with pytest.raises(ValueError, match="another tokenizer than data.tokenizer="):
+        validate_inputs(from_dict({"data": {**same, "tokenizer": str(tmp_path / "tokenizer.model")}}))
