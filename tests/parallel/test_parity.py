@@ -144,11 +144,9 @@ def test_the_comparison_sees_a_lost_gradient(name: str, workers: Any, started: A
     run = workers(size).run(train_without_model_parallel_sums, raw)[0], runs.weights(Path(raw["run_dir"]), END)
     expected = reference(sections["model"])
     assert run[0]["loss/train"][0] == pytest.approx(expected[0]["loss/train"][0], abs=LOSS, rel=0)
-    norm = abs(run[0]["optim/grad_norm"][0] / expected[0]["optim/grad_norm"][0] - 1)
-    weight, _ = runs.largest_difference(run[1], expected[1])
-    assert norm > 10 * GRAD_NORM or weight > 10 * WEIGHT, (norm, weight)
-    with pytest.raises(AssertionError, match="optim/grad_norm|loss/train|differs by"):
-        compare(run, expected)
+    losses = {metric: expected[0][metric] for metric in ("loss/train", "loss/validation")}  # which would tell as well
+    with pytest.raises(AssertionError):
+        compare(({**run[0], **losses}, run[1]), expected)
 
 
 def test_the_comparison_sees_another_learning_rate(workers: Any, started: Any, reference: Any) -> None:
