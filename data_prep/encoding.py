@@ -140,7 +140,8 @@ class UnitEncoder:
         if self._options.long_documents == "error" and not keep.all():
             first = int(np.flatnonzero(~keep)[0])
             raise ValueError(
-                f"{origins[first]}: {lengths[first]} tokens, more than --max-document-tokens {limit}; raise it or use --long-documents skip"
+                f"{origins[first]}: {lengths[first]} tokens, more than the {limit} of --max-document-tokens "
+                "(by default what one shard holds): raise it to keep the document whole in a larger shard, or use --long-documents skip"
             )
         return keep
 

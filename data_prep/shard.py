@@ -17,7 +17,7 @@ from typing import Any
 from data_prep import cli
 from data_prep.encoding import EncodeOptions, encode_units, load_tokenizer
 from data_prep.readers import DEFAULT_GLOB, Input, iter_units, list_inputs
-from swax_megatron.data.writer import DatasetWriter, sync_folder
+from swax_megatron.data.writer import DatasetWriter, id_dtype, sync_folder
 
 EPILOG = """examples:
   python data_prep/shard.py --input corpus/ --tokenizer work/tokenizer.model --out data/web --validation-fraction 0.01
@@ -59,6 +59,8 @@ def _publish(aside: Path, out: Path) -> None:
 
 def _write(args: argparse.Namespace, inputs: list[Input], aside: Path) -> str:
     processor = load_tokenizer(args.tokenizer)
+    if args.max_document_tokens is None:
+        args.max_document_tokens = max(1, args.shard_size // id_dtype(processor.vocab_size()).itemsize)
     options = EncodeOptions(
         str(args.tokenizer), args.text_key, args.invalid_utf8, args.validation_fraction, args.max_document_tokens, args.long_documents
     )
@@ -127,7 +129,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--glob", nargs="+", default=list(DEFAULT_GLOB), metavar="PATTERN", help=kinds)
     parser.add_argument("--validation-fraction", type=cli.fraction, default=0.0, help="share of documents for OUT/validation, by hash")
     parser.add_argument("--invalid-utf8", choices=["error", "skip", "replace"], default="error", help="default %(default)s")
-    parser.add_argument("--max-document-tokens", type=cli.positive, help="longest document allowed, EOS included (default: any)")
+    parser.add_argument("--max-document-tokens", type=cli.positive, help="longest document allowed, EOS included (default: one shard)")
     parser.add_argument("--long-documents", choices=["error", "skip"], default="error", help="default %(default)s")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing data set")
     return parser

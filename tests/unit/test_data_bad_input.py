@@ -117,6 +117,14 @@ def test_a_document_that_is_too_long(tmp_path, model, capsys):
     assert "a.jsonl line 2: " in capsys.readouterr().err
 
 
+def test_a_document_longer_than_a_shard(tmp_path, model, capsys):
+    source = write_jsonl(tmp_path / "a.jsonl", ["short", "long " * 20_000])
+    assert run_shard(source, model, tmp_path / "out", "--shard-size", "4K") == 2
+    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "more than the 2048 of --max-document-tokens (by default what one shard holds)" in sentence
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == []
+
+
 def test_bad_tokenizer(tmp_path, capsys):
     source = write_jsonl(tmp_path / "a.jsonl", ["x"])
     assert run_shard(source, tmp_path / "missing.model", tmp_path / "out") == 2
