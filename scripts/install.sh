@@ -56,6 +56,8 @@ PATH="$(cd "$folder" && pwd)/bin:$PATH" DS_ACCELERATOR=cpu DS_BUILD_SHM_COMM=1 \
     "${pip[@]}" --no-cache-dir --no-build-isolation --no-binary deepspeed "$(requirement DEEPSPEED)"
 echo "== the project and the rest"
 "${pip[@]}" --no-build-isolation --editable ".[test]"
+# A CPU build of torch brings no Triton; the kernels' tests run in its interpreter. A CUDA build pins its own.
+"$python" -c "import triton" 2>/dev/null || "${pip[@]}" "$(requirement TRITON)"
 "$python" scripts/check_environment.py
 "$python" -c 'import hashlib; print(hashlib.sha256(open("setup.py", "rb").read()).hexdigest())' >"$folder/.installed"
 echo "== done: $folder"
