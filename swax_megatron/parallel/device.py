@@ -119,11 +119,6 @@ def cuda_type_names() -> Iterator[None]:
             mode.pretend_cuda_types = False
 
 
-def current_device() -> torch.device:
-    """The device this process computes on."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
-
-
 def select_device() -> torch.device:
     """Bind this process to its GPU by LOCAL_RANK (several processes share one where there are fewer GPUs)."""
     if not torch.cuda.is_available():
