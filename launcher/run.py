@@ -22,7 +22,8 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from swax_megatron.config import Config, describe, load_config, to_yaml
+from swax_megatron.config import describe, load_config, to_yaml
+from swax_megatron.schema import Config
 from swax_megatron.validate import model_parallel_size, validate, validate_inputs, validate_run_dir
 
 EPILOG = """\

@@ -23,9 +23,10 @@ from pathlib import Path
 import psutil
 
 from swax_megatron.checkpoint.store import latest
-from swax_megatron.config import Config, load_config
+from swax_megatron.config import load_config
 from swax_megatron.data.shards import ShardedDataset
 from swax_megatron.data.statistics import unigram_entropy
+from swax_megatron.schema import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 SUFFIXES = (".py", ".txt", ".rst")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from swax_megatron.callbacks.checkpoint import Checkpoints
 from swax_megatron.callbacks.metrics import Metrics
 from swax_megatron.callbacks.validation import Validation
-from swax_megatron.config import Config
 from swax_megatron.model.swax import build_model
 from swax_megatron.optim.build import build_optimizer
 from swax_megatron.parallel.groups import Groups
+from swax_megatron.schema import Config
 from swax_megatron.sources import build_mixture
 from swax_megatron.trainer import Trainer
 

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from swax_megatron.config import Config
 from swax_megatron.data.packing import Batch
 from swax_megatron.parallel.context import SequenceContext
 from swax_megatron.parallel.groups import Groups
 from swax_megatron.parallel.schedule import pipeline_schedule
+from swax_megatron.schema import Config
 
 
 @dataclass(frozen=True)

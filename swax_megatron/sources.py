@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from swax_megatron.config import Config, SourceConfig
 from swax_megatron.data.mixture import Mixture
 from swax_megatron.data.shards import ShardedDataset
 from swax_megatron.data.stream import SequenceStream
+from swax_megatron.schema import Config, SourceConfig
 
 
 def build_mixture(config: Config, sources: list[SourceConfig], purpose: str, seed: int, tokenizer: str | None = None) -> Mixture:

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
-from swax_megatron.config import Config, describe, load_config, to_yaml
+from swax_megatron.config import describe, load_config, to_yaml
 from swax_megatron.errors import RunError
 from swax_megatron.parallel import device
+from swax_megatron.schema import Config
 from swax_megatron.validate import validate, validate_inputs, validate_run_dir
 
 _log = logging.getLogger(__name__)

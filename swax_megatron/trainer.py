@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from swax_megatron.callbacks.callback import Callback
-from swax_megatron.config import Config
 from swax_megatron.data.mixture import Mixture, SequenceBatch
 from swax_megatron.data.packing import Batch, pack
 from swax_megatron.errors import RunError
@@ -23,6 +22,7 @@ from swax_megatron.model.window import WindowSchedule, check_agreement
 from swax_megatron.optim.backend import OptimizerBackend
 from swax_megatron.optim.schedules import learning_rate
 from swax_megatron.parallel.groups import Groups
+from swax_megatron.schema import Config
 from swax_megatron.state import StepResult, TrainState
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from swax_megatron.config import Config, from_dict
+from swax_megatron.config import from_dict
+from swax_megatron.schema import Config
 from swax_megatron.validate import validate
 
 SEQUENCE_LENGTH = 92  # no multiple of the mLSTM chunk (16); divisible by the tensor-parallel degrees

@@ -12,8 +12,9 @@ from __future__ import annotations
 from math import ceil
 from typing import Any
 
-from swax_megatron.config import Config, from_dict, to_dict
+from swax_megatron.config import from_dict, to_dict
 from swax_megatron.model.window import WindowSchedule
+from swax_megatron.schema import Config
 
 _NEVER = {"train.model_seed", "train.data_seed", "data.sequence_length"}
 _FREE_SECTIONS = {"parallel", "validation", "checkpoint", "kernels", "monitor"}

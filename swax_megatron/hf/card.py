@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
-from swax_megatron.config import Config, to_dict
+from swax_megatron.config import to_dict
 from swax_megatron.hf.shards import Planned
+from swax_megatron.schema import Config
 
 _TEXT = """---
 {front}---

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from swax_megatron.checkpoint.store import Checkpoint, latest, open_checkpoint
-from swax_megatron.config import Config, from_dict
+from swax_megatron.config import from_dict
 from swax_megatron.data.shards import fingerprint
 from swax_megatron.hf.card import model_card
 from swax_megatron.hf.configuration_swax import SwaxConfig
@@ -33,6 +33,7 @@ from swax_megatron.hf.shards import Planned, write_shards
 from swax_megatron.hf.tokenizer import export_tokenizer
 from swax_megatron.model.cost import padded_vocab_size
 from swax_megatron.model.pattern import parse_pattern
+from swax_megatron.schema import Config
 
 MODEL_FILES = ("configuration_swax.py", "cell_swax.py", "modeling_swax.py")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

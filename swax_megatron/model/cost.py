@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from swax_megatron.config import ModelConfig
 from swax_megatron.model.layers.full import cost as full
 from swax_megatron.model.layers.mlstm import cost as mlstm
 from swax_megatron.model.layers.swa import cost as swa
 from swax_megatron.model.pattern import parse_pattern
+from swax_megatron.schema import ModelConfig
 
 COSTS = {"M": mlstm, "S": swa, "F": full}
 VOCABULARY_MULTIPLE = 128

@@ -13,13 +13,13 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
-from swax_megatron.config import Config
 from swax_megatron.model import parameters
 from swax_megatron.model.cost import padded_vocab_size
 from swax_megatron.model.layers.specs import stage_spec
 from swax_megatron.model.transformer_config import SwaxTransformerConfig, transformer_config
 from swax_megatron.parallel.context import SequenceContext
 from swax_megatron.parallel.groups import Groups
+from swax_megatron.schema import Config
 
 
 class SwaxModel(LanguageModule):

@@ -8,9 +8,9 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from swax_megatron.config import Config, KernelConfig, ModelConfig
 from swax_megatron.model.pattern import parse_pattern
 from swax_megatron.parallel.groups import Groups
+from swax_megatron.schema import Config, KernelConfig, ModelConfig
 
 
 @dataclass

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 from swax_megatron import randomness
-from swax_megatron.config import Config
 from swax_megatron.errors import RunError
 from swax_megatron.model.pattern import parse_pattern
+from swax_megatron.schema import Config
 
 
 @dataclass(frozen=True)

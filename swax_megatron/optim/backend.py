@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from swax_megatron.checkpoint.boxes import flat_range_boxes
 from swax_megatron.checkpoint.store import Fragment
-from swax_megatron.config import Config
 from swax_megatron.model.parameters import global_offsets, global_shape, named_global_parameters
 from swax_megatron.parallel.groups import Groups
+from swax_megatron.schema import Config
 
 STATES = ("param", "exp_avg", "exp_avg_sq")  # fp32 master weights and AdamW's two moments
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from swax_megatron.config import Config
 from swax_megatron.optim.backend import OptimizerBackend, mark_decay
 from swax_megatron.parallel.groups import Groups
+from swax_megatron.schema import Config
 
 
 def build_optimizer(config: Config, chunks: list[nn.Module], groups: Groups) -> OptimizerBackend:

@@ -9,10 +9,10 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from torch import nn
 
 from swax_megatron.checkpoint.store import Fragment
-from swax_megatron.config import Config
 from swax_megatron.optim.backend import Piece, fragments, step_tensor
 from swax_megatron.parallel.device import cuda_type_names
 from swax_megatron.parallel.groups import Groups
+from swax_megatron.schema import Config
 
 
 class MegatronBackend:

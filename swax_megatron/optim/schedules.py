@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from swax_megatron.config import Config
+from swax_megatron.schema import Config
 
 
 def learning_rate(config: Config, step: int, tokens_seen: int) -> float:

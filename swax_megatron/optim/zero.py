@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from swax_megatron.checkpoint.store import Fragment
-from swax_megatron.config import Config
 from swax_megatron.optim.backend import Piece, adamw_arguments, decay_groups, fragments, step_tensor
 from swax_megatron.parallel.groups import Groups
+from swax_megatron.schema import Config
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed  # noqa: E402  (reads DS_ACCELERATOR when imported)

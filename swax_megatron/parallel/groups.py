@@ -11,8 +11,8 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from swax_megatron.config import Config
 from swax_megatron.parallel.device import collective_backend, select_device
+from swax_megatron.schema import Config
 
 
 @dataclass(frozen=True)

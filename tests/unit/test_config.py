@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from swax_megatron.config import FORMAT_VERSION, Config, describe, field_paths, from_dict, load_config, to_dict, to_yaml
+from swax_megatron.config import describe, field_paths, from_dict, load_config, to_dict, to_yaml
+from swax_megatron.schema import FORMAT_VERSION, Config
 
 
 @pytest.fixture

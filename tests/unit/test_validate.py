@@ -12,19 +12,10 @@ from typing import Any
 
 import pytest
 
-from swax_megatron.config import Config, field_paths, from_dict, load_config
-from swax_megatron.validate import (
-    AT_LEAST_ONE,
-    BELOW_ONE,
-    FRACTION,
-    NOT_NEGATIVE,
-    POSITIVE,
-    SEEDS,
-    model_parallel_size,
-    validate,
-    validate_inputs,
-    validate_run_dir,
-)
+from swax_megatron.config import field_paths, from_dict, load_config
+from swax_megatron.schema import Config
+from swax_megatron.validate import model_parallel_size, validate, validate_inputs, validate_run_dir
+from swax_megatron.validate.ranges import AT_LEAST_ONE, BELOW_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, SEEDS
 
 ROOT = Path(__file__).parents[2]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from swax_megatron.config import ModelConfig
 from swax_megatron.model.layers.swa import cost as swa
 from swax_megatron.model.layers.swa.cost import param_count, projection_flops
+from swax_megatron.schema import ModelConfig
 
 __all__ = ["core_flops", "param_count", "projection_flops"]
 

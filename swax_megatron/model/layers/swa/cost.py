@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from swax_megatron.config import ModelConfig
+from swax_megatron.schema import ModelConfig
 
 
 def param_count(model: ModelConfig) -> int:

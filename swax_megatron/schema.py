@@ -1,0 +1,200 @@
+"""Every field of the configuration: one dataclass a section, a ``doc`` and a default a field.
+
+Conventions shared by all of them:
+
+* steps are 0-based optimizer updates, tokens are input positions without padding;
+* a window w lets a query see itself and the w-1 keys before it, inside its document;
+* a dimension that is not given (None) is derived, and the resolved config holds the derived value.
+
+A new field also belongs in a range of ``swax_megatron/validate/ranges.py`` (numbers), in ``swax_megatron/checkpoint/compatibility.py``
+(whether a resume may change it) and in ``docs/configuration.md``, which ``python scripts/write_docs.py`` writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FORMAT_VERSION = 1
+
+
+def _f(default: Any, doc: str) -> Any:
+    """A documented field; mutable defaults are copied per instance."""
+    if isinstance(default, (list, dict)) or (isinstance(default, type) and dataclasses.is_dataclass(default)):
+        factory = default if isinstance(default, type) else (lambda: type(default)(default))
+        return field(default_factory=factory, metadata={"doc": doc})
+    return field(default=default, metadata={"doc": doc})
+
+
+@dataclass
+class ModelConfig:
+    """The network. Everything here is part of a checkpoint's identity: a resume with other values is refused."""
+
+    pattern: str = _f("(MS)x12", "layers in order: M mLSTM, S sliding-window attention, F full attention; groups repeat: (MS)x12")
+    hidden_size: int = _f(2048, "width of the residual stream")
+    ffn_hidden_size: int = _f(5504, "width of the SwiGLU feed-forward network")
+    vocab_size: int = _f(32768, "vocabulary of the tokenizer; the tables are padded to a multiple of 128 at every layout")
+    attention_heads: int = _f(16, "query heads of S and F layers")
+    attention_kv_heads: int | None = _f(None, "key-value heads of S and F layers; null: as many as query heads")
+    attention_head_dim: int | None = _f(None, "size of an attention head; null: hidden_size / attention_heads")
+    rope_kinds: str = _f("SF", "layer kinds that use rotary positions; a kind not named has none (NoPE)")
+    rope_base: float = _f(10000.0, "base of the rotary angles")
+    mlstm_heads: int = _f(4, "heads of M layers")
+    mlstm_qk_dim: int | None = _f(None, "query-key size of an mLSTM head; null: hidden_size / mlstm_heads / 2")
+    mlstm_v_dim: int | None = _f(None, "value size of an mLSTM head; null: hidden_size / mlstm_heads")
+    gate_cap: float = _f(15.0, "soft cap c*tanh(x/c) of the mLSTM gate pre-activations")
+    norm_eps: float = _f(1e-6, "epsilon of every norm")
+    logit_cap: float | None = _f(30.0, "soft cap of the output logits; null: no cap")
+    tie_embeddings: bool = _f(False, "use the token embedding as the output head")
+    document_boundary: Literal["reset", "carry"] = _f(
+        "reset", "at a document's start inside a packed row: reset the memory and mask attention, or carry both across"
+    )
+    init_std: float = _f(0.02, "standard deviation of the initial weights; output projections get init_std / sqrt(2 * layers)")
+
+
+@dataclass
+class WindowConfig:
+    """The attention window of each step, a pure function of (seed, step)."""
+
+    schedule: Literal["fixed", "stochastic", "ramp"] = _f(
+        "stochastic", "fixed: the first window; stochastic: drawn each step; ramp: from the first to the last, in equal phases"
+    )
+    windows: list[int] = _f([128, 2048], "the windows of the schedule")
+    probabilities: list[float] | None = _f(None, "stochastic: the probability of each window; null: equal")
+    anneal_fraction: float = _f(0.1, "last fraction of the training steps that stays at anneal_window; 0: no annealing")
+    anneal_window: int | None = _f(None, "window of the annealed steps; null: the largest of windows")
+    test_window: int | None = _f(None, "window of validation and export; null: the anneal window")
+    per_layer: bool = _f(False, "stochastic: draw for every S layer of its own instead of one window for the step")
+    check_interval: int = _f(100, "ranks compare the window and the schedule's hash at the first and every N-th step; 0: never")
+
+
+@dataclass
+class SourceConfig:
+    """One data set written by data_prep/shard.py."""
+
+    path: str = _f("", "folder that holds manifest.json and the shards")
+    weight: float = _f(1.0, "share of the sequences drawn from this source")
+    name: str | None = _f(None, "name in logs and checkpoints; null: the folder's name")
+
+
+@dataclass
+class DataConfig:
+    """What is read, in which order."""
+
+    train: list[SourceConfig] = _f([], "training sources")
+    validation: list[SourceConfig] = _f([], "validation sources")
+    tokenizer: str | None = _f(None, "SentencePiece .model; null: the one beside the first training source")
+    sequence_length: int = _f(16384, "tokens a row")
+    verify: Literal["size", "sha256"] = _f("size", "how shards are checked when they are opened")
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is laid over processes; data parallelism is what remains of the world size."""
+
+    tensor: int = _f(1, "tensor-parallel degree")
+    sequence: bool = _f(True, "split norms and residuals along the sequence over the tensor-parallel ranks (only where tensor > 1)")
+    pipeline: int = _f(1, "pipeline stages")
+    virtual_pipeline: int | None = _f(None, "model chunks a stage (interleaved schedule); null: one")
+    pipeline_layers: list[int] | None = _f(None, "layers of each stage where they are uneven; null: equal")
+    context: int = _f(1, "context-parallel degree")
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    backend: Literal["zero", "megatron"] = _f("zero", "zero: DeepSpeed ZeRO; megatron: Megatron-core's distributed optimizer")
+    zero_stage: int = _f(1, "DeepSpeed ZeRO stage")
+    learning_rate: float = _f(6e-4, "peak learning rate")
+    min_learning_rate: float = _f(0.0, "learning rate at the end")
+    schedule: Literal["cosine", "wsd"] = _f(
+        "wsd", "wsd: constant, then linear decay over the last decay_fraction; cosine: over the whole run"
+    )
+    warmup: int = _f(2000, "linear warm-up, in schedule_unit")
+    decay_fraction: float = _f(0.1, "wsd: last fraction of the run that decays")
+    schedule_unit: Literal["steps", "tokens"] = _f("steps", "unit of warmup and of the schedule's progress")
+    beta1: float = _f(0.9, "AdamW beta 1")
+    beta2: float = _f(0.95, "AdamW beta 2")
+    eps: float = _f(1e-8, "AdamW epsilon")
+    weight_decay: float = _f(0.1, "decoupled weight decay of matrices; norms, biases and gates have none")
+    decay_embeddings: bool = _f(False, "apply weight decay to the embedding and the output head as well")
+    clip_grad: float = _f(1.0, "largest global gradient norm; 0: no clipping")
+    z_loss: float = _f(0.0, "coefficient of the squared log-partition added to the loss; 0: off")
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    steps: int = _f(1000, "optimizer updates in all")
+    micro_batch_size: int = _f(1, "rows a forward pass and data-parallel rank")
+    global_batch_size: int = _f(64, "rows an update over all ranks")
+    precision: Literal["bf16", "fp32"] = _f("bf16", "type of weights and activations; masters and optimizer state are fp32")
+    recompute: Literal["none", "selective", "full"] = _f(
+        "none", "activations recomputed in backward: none; selective, the mixers' cores; full, whole layers"
+    )
+    model_seed: int = _f(1, "seed of the initial weights")
+    data_seed: int = _f(1, "seed of the data order")
+    window_seed: int = _f(1, "seed of the window draws")
+    deterministic: bool = _f(False, "use deterministic algorithms on the GPU (slower)")
+    threads: int = _f(0, "CPU threads a process; 0: the launcher gives each cores / processes, torchrun OMP_NUM_THREADS")
+    distributed_timeout: float = _f(600.0, "seconds after which a collective that a rank never joined ends the job")
+
+
+@dataclass
+class ValidationConfig:
+    """Validation at every window of the schedule and at the test window."""
+
+    interval: int = _f(500, "steps between validations (also after the last step); 0: never")
+    seed: int = _f(1, "seed of the order of the validation rows, apart from the training data's")
+    sequences: int = _f(64, "rows of the validation set that are read, the same every time")
+
+
+@dataclass
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    interval: int = _f(500, "steps between checkpoints (also after the last step); 0: never")
+    keep_last: int = _f(2, "complete checkpoints that are kept; 0: all")
+    resume: Literal["auto", "never"] = _f("auto", "auto: continue from the newest complete checkpoint of the run directory")
+    allow_change: list[str] = _f(
+        [], "fields outside model that may differ from the checkpoint's although they alter the run, e.g. train.steps"
+    )
+
+
+@dataclass
+class KernelConfig:
+    """Which implementation of the layers' mathematics runs."""
+
+    backend: Literal["auto", "reference", "triton"] = _f("auto", "auto: Triton on CUDA where a kernel exists, plain torch elsewhere")
+    mlstm_chunk: int = _f(64, "chunk length of the mLSTM reference")
+
+
+@dataclass
+class MonitorConfig:
+    """What is reported."""
+
+    log_interval: int = _f(10, "steps between progress lines; TensorBoard and metrics.jsonl get every step")
+    peak_tflops: float | None = _f(
+        None, "dense peak of one device for MFU, TFLOP/s; null: known GPUs by name, a measured matrix product elsewhere"
+    )
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    run_dir: str = _f("runs/default", "folder of this run: logs, checkpoints, resolved config")
+    model: ModelConfig = _f(ModelConfig, "")
+    window: WindowConfig = _f(WindowConfig, "")
+    data: DataConfig = _f(DataConfig, "")
+    parallel: ParallelConfig = _f(ParallelConfig, "")
+    optimizer: OptimizerConfig = _f(OptimizerConfig, "")
+    train: TrainConfig = _f(TrainConfig, "")
+    validation: ValidationConfig = _f(ValidationConfig, "")
+    checkpoint: CheckpointConfig = _f(CheckpointConfig, "")
+    kernels: KernelConfig = _f(KernelConfig, "")
+    monitor: MonitorConfig = _f(MonitorConfig, "")
+    format_version: int = _f(FORMAT_VERSION, "version of this format; a newer one is refused")
