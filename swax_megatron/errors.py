@@ -1,9 +1,20 @@
-"""Errors that a user can act on.
+"""Errors that end a run, and the exit codes by which whoever started it decides what to do next."""
 
-A mistake in the input is a ValueError (exit code 2); a run that cannot go on is a RunError (exit code 1). Programs print
-their message as one line. Anything else is a bug and keeps its traceback.
-"""
+from __future__ import annotations
+
+from enum import IntEnum
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on; the message tells its user why and what to do."""
+    """A run that cannot go on, in one sentence for its user (a loss that is no number, ranks that disagree)."""
+
+
+class ExitCode(IntEnum):
+    """Of every process of a run and of its launchers. Any other code is a crash (128 + n: by signal n) and may be started again."""
+
+    FINISHED = 0
+    RUN_ERROR = 1  # the run cannot go on by itself: starting it again as it is would end the same way
+    USER_ERROR = 2  # a mistake in the input; nothing was started
+    PREEMPTED = 75  # told to stop, saved, stopped: start it again
+    HUNG = 76  # the watchdog ended a step or a collective that did not come back: start it again
+    UNHEALTHY_NODE = 77  # a node failed the checks before training: start again without it

@@ -17,13 +17,12 @@ from pathlib import Path
 import torch
 
 from swax_megatron.config import describe, load_config, to_yaml
-from swax_megatron.errors import RunError
+from swax_megatron.errors import ExitCode, RunError
 from swax_megatron.parallel import device
 from swax_megatron.schema import Config
 from swax_megatron.validate import validate, validate_inputs, validate_run_dir
 
 _log = logging.getLogger(__name__)
-USER_ERROR, RUN_ERROR = 2, 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, RunError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)  # the launcher shows rank 0's; the others' stand in their logs
         _log.debug("raised here:", exc_info=True)
-        return USER_ERROR if isinstance(error, ValueError) else RUN_ERROR
+        return ExitCode.USER_ERROR if isinstance(error, ValueError) else ExitCode.RUN_ERROR
     return 0
 
 
