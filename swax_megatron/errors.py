@@ -1,4 +1,8 @@
-"""Errors that end a run, and the exit codes by which whoever started it decides what to do next."""
+"""Errors that a user can act on, and the exit codes by which whoever started a run decides what to do next.
+
+A mistake in the input is a ValueError; a run that cannot go on is a RunError. Programs print their message as one line.
+Anything else is a bug and keeps its traceback.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from enum import IntEnum
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on, in one sentence for its user (a loss that is no number, ranks that disagree)."""
+    """A run that cannot go on; the message tells its user why and what to do."""
 
 
 class ExitCode(IntEnum):
