@@ -41,7 +41,11 @@ TRITON = "triton>=3.6,<3.7"  # what the kernels and their interpreter tests ran 
 EXTRAS = {
     "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9"],
     "kernels": [TRITON],
+    "fast": ["gigatoken>=0.10,<0.11"],  # encodes several times faster than sentencepiece, the same ids
+    "show": ["matplotlib>=3.8"],
+    "remote": ["fsspec>=2024.6"],  # and what a kind of URL needs: s3fs, gcsfs, aiohttp
 }
+EXTRAS["test"] += [*EXTRAS["fast"], *EXTRAS["show"], *EXTRAS["remote"]]
 
 
 def version() -> str:
