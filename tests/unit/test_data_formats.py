@@ -52,7 +52,8 @@ def test_every_kind_is_cut_into_segments_without_loss(tmp_path, model):
     for name in ("a.jsonl", "b.jsonl.gz", "c.wet", "d.wet.gz", "e.parquet"):
         assert run_shard(tmp_path / name, model, tmp_path / f"{name}-out", "--segment-bytes", "8K", "--shard-size", "16K") == 0
         assert decoded(tmp_path / f"{name}-out") == documents, name
-    assert run_shard(tmp_path / "b.jsonl.gz", model, tmp_path / "two", "--segment-bytes", "8K", "--shard-size", "16K", "--workers", "2") == 0
+    options = ("--segment-bytes", "8K", "--shard-size", "16K", "--workers", "2")
+    assert run_shard(tmp_path / "b.jsonl.gz", model, tmp_path / "two", *options) == 0
     for tar in (tmp_path / "two").glob("*.tar"):
         assert tar.read_bytes() == (tmp_path / "b.jsonl.gz-out" / tar.name).read_bytes()
 

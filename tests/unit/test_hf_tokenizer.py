@@ -157,8 +157,8 @@ def ten_thousand_lines() -> list[str]:
             break
     source = random.Random(1)
     found = source.sample(lines, 7000)
-    found += ["".join(chr(source.choice([source.randint(32, 0x24F), source.randint(0x370, 0x1FFF)])) for _ in range(25)) for _ in range(1200)]
-    found += ["".join(chr(source.choice([source.randint(0x3000, 0x9FFF), source.randint(0x1F300, 0x1FAFF)])) for _ in range(15)) for _ in range(800)]
+    ranges = [(32, 0x24F), (0x370, 0x1FFF), (0x3000, 0x9FFF), (0x1F300, 0x1FAFF)]
+    found += ["".join(chr(source.randint(*source.choice(ranges))) for _ in range(20)) for _ in range(2000)]
     found += ["".join(source.choices(" \t\n\r\u00a0\u3000ab(=", weights=[8, 3, 2, 1, 1, 1, 2, 2, 1, 1], k=30)) for _ in range(1000)]
     return [*found, *(json.dumps(line) for line in found[:300])]
 
