@@ -13,6 +13,7 @@ import argparse
 import logging
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from swax_megatron.config import describe, load_config, to_yaml
@@ -157,8 +158,15 @@ def _sentence(log: Path | None) -> str | None:
     return next((line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")), None)
 
 
+def _cause(failure: ChildFailedError) -> tuple[int, ProcessFailure]:
+    """The rank that failed first; among those of one second, one that is no consequence (a lost peer, the agent's signal)."""
+    first = failure.get_first_failure()[1].timestamp
+    close = [(rank, each) for rank, each in sorted(failure.failures.items()) if each.timestamp <= first + 1]
+    return next((one for one in close if one[1].exitcode not in (ExitCode.CRASHED, -signal.SIGTERM)), close[0])
+
+
 def _report(failure: ChildFailedError, run_dir: Path) -> int:
-    rank, first = failure.get_first_failure()
+    rank, first = _cause(failure)
     code = first.exitcode if first.exitcode >= 0 else 128 - first.exitcode
     cause = f"exit code {first.exitcode}" if first.exitcode >= 0 else f"signal {-first.exitcode}"
     log = next(iter(sorted(run_dir.glob(f"logs/*/attempt_0/{rank}/stderr.log"), key=lambda p: p.stat().st_mtime, reverse=True)), None)
@@ -167,6 +175,7 @@ def _report(failure: ChildFailedError, run_dir: Path) -> int:
         return code
     if first.exitcode in (ExitCode.RUN_ERROR, ExitCode.USER_ERROR) and _told_on_console(run_dir, log):
         return code  # a user's error or a run that cannot go on: its one sentence is enough
+    code = ExitCode.CRASHED if code == ExitCode.RUN_ERROR else code  # no sentence: the interpreter or a library ended it
     if rank != 0 and log is not None:  # rank 0's lines are on the console already
         print("".join(f"  {line}\n" for line in log.read_text(errors="replace").splitlines()[-20:]), end="", file=sys.stderr)
     print(f"rank {rank} ended first, with {cause}; its log: {log}", file=sys.stderr)
