@@ -13,7 +13,7 @@ from swax_megatron.state import StepResult
 if TYPE_CHECKING:
     from swax_megatron.trainer import Trainer
 
-SHARE, LONGEST = 0.01, 60.0  # a progress event after 1 % of the attempt's age, at most a minute: few events, little unknown
+SHORTEST, SHARE, LONGEST = 0.5, 0.01, 60.0  # a progress event after 1 % of the attempt's age: few events, little unknown
 
 
 class Goodput(Callback):
@@ -29,7 +29,8 @@ class Goodput(Callback):
             return  # undone by a rewind
         now, interval = time.monotonic(), trainer.config.checkpoint.interval
         saves = interval and trainer.state.step % interval == 0
-        if saves or trainer.state.step == trainer.config.train.steps or now - self.told >= min(LONGEST, SHARE * (now - self.started)):
+        due = min(LONGEST, max(SHORTEST, SHARE * (now - self.started)))
+        if saves or trainer.state.step == trainer.config.train.steps or now - self.told >= due:
             self._tell(trainer, trainer.state.step)
         here = by_kind({name: seconds - self.base.get(name, 0.0) for name, seconds in trainer.progress.seconds.items()})
         wall = max(sum(self.before.values()) + now - self.started, 1e-9)

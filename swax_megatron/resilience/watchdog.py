@@ -10,6 +10,7 @@ writes no heartbeat, and is named for that; its stacks are written by faulthandl
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -79,6 +80,8 @@ class Watchdog(threading.Thread):
         if self.locked_out is not None:
             self.locked_out.close()
             Path(self.locked_out.name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another rank's file, or a hang's report
+                self.folder.parent.rmdir()
             self.locked_out = None
 
     def beat(self) -> None:
