@@ -1,11 +1,12 @@
 """A thread beside training that ends a hung job in bounded time and says which rank did not arrive.
 
-Once a second every rank leaves a heartbeat in the job's TCPStore: where its training thread stands, and whether it waits in
-a collective. A rank whose section takes longer than its limit (``Progress.limit``) calls a hang; every rank that still has
-a heart then writes its Python stacks and the flight recorder's trace, the caller compares the heartbeats, writes the report
-and all leave with exit code 76 (``os._exit``: the training thread may be stuck for good). From the limit to the exit it
-takes less than ``BEAT + GATHER + LEAVE`` seconds. A rank that is stopped, dead, or holds the interpreter's lock
-writes no heartbeat, and is named for that; its stacks are written by faulthandler's own thread where the lock is the cause.
+Once a second every rank leaves a heartbeat in the job's TCPStore: where its training thread stands, whether it waits in a
+collective, whether it is over its limit (``Progress.limit``). A rank that is over its limit looks at the heartbeats twice.
+It calls a hang where a rank is silent (stopped, dead, or holding the interpreter's lock), where the rank that the others
+wait for is over its own limit, or where nobody is behind; a rank that waits for one that is busy within its limit waits on.
+Then every rank that still has a heart writes its Python stacks and the flight recorder's trace, the caller writes the
+report, and all leave with exit code 76 (``os._exit``: the training thread may be stuck for good): less than
+``3 x BEAT + GATHER`` seconds after the limit. Stacks of a rank whose lock is held are written by faulthandler's own thread.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from swax_megatron.resilience.events import Events
 from swax_megatron.resilience.progress import OVER, Progress
 
 BEAT = 1.0  # seconds between heartbeats
-GATHER = 3.0  # for every rank to notice the call, write its stacks and beat once more
-LEAVE = 3.0  # for the report to be written before the others leave
+GATHER = 3.0  # between two looks at the heartbeats: one that did not change is silent
+LEAVE = 3.0  # at most, for the report to be written before the others leave
 ORDER = ("data", "compute", "update")  # sections of a step; others come after it
 
 
@@ -60,16 +61,18 @@ class Watchdog(threading.Thread):
             if mark.section == OVER:
                 return self.stop()
             limit = self.progress.limit(mark, *self.limits)
-            taken = time.monotonic() - mark.since
-            if taken > limit:
-                self.end(f"{mark.section} of step {mark.step} takes longer than {limit:.0f} s")
+            call = f"{mark.section} of step {mark.step} takes longer than {limit:.0f} s"
+            over = time.monotonic() - mark.since > limit
             try:
-                self.beat()
+                self.beat(over)
                 if self.store.check([f"{self.prefix}/hang"]):
-                    self.end(None)
-            except RuntimeError:
-                continue  # the store's host is gone or slow: torch's agent notices the first, our limit the second
-            self._arm(limit + BEAT + GATHER)
+                    self.end()
+                if over:
+                    self.judge(call)
+            except RuntimeError as error:  # the store's host is gone, or slow
+                if over:
+                    self.call(f"{call}, and the job's store does not answer ({error})", {}, {})
+            self._arm(limit + 3 * BEAT + GATHER)
 
     def stop(self) -> None:
         """Before the process groups are taken down."""
@@ -84,33 +87,53 @@ class Watchdog(threading.Thread):
                 self.folder.parent.rmdir()
             self.locked_out = None
 
-    def beat(self) -> None:
+    def beat(self, over: bool = False) -> None:
         """Leave a heartbeat."""
         self.beats += 1
         mark = self.progress.mark
-        beat = {"beat": self.beats, "section": mark.section, "step": mark.step, "waits": self._waits(), "host": socket.gethostname()}
-        self.store.set(f"{self.prefix}/{self.rank}", json.dumps({**beat, "pid": os.getpid()}))
+        beat = {"beat": self.beats, "section": mark.section, "step": mark.step, "waits": self._waits(), "over": over}
+        self.store.set(f"{self.prefix}/{self.rank}", json.dumps({**beat, "host": socket.gethostname(), "pid": os.getpid()}))
 
-    def end(self, call: str | None) -> None:
-        """Write this rank's traces, find out who is missing (one rank), leave. call: why, on a rank that calls a hang itself."""
+    def judge(self, call: str) -> None:
+        """This rank is over its limit: look, look again, and call a hang unless it only waits for a rank that is busy.
+
+        call: what this rank sees, for people
+        """
+        before, mark = self.heartbeats(), self.progress.mark
+        for _ in range(round(GATHER / BEAT)):
+            if self.done.wait(BEAT):
+                return
+            self.beat(True)  # others look at this rank, too
+        after = self.heartbeats()
+        if self.progress.mark.order != mark.order:
+            return  # it went on
+        silent, behind = missing(before, after, self.size)
+        if silent or not behind or any(after[rank]["over"] for rank in behind):
+            self.call(call, before, after)
+
+    def call(self, call: str, before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]]) -> None:
+        """Tell every rank, write the report (the first caller), leave."""
+        first = True
+        with contextlib.suppress(RuntimeError):
+            first = self.store.add(f"{self.prefix}/hang", 1) == 1
+        if first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.report(call, before, after)
+            with contextlib.suppress(RuntimeError):
+                self.store.set(f"{self.prefix}/reported", "yes")
+        self.end()
+
+    def end(self) -> None:
+        """Write this rank's traces and leave, when the report is written."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write_stacks()
         recorder = threading.Thread(target=self._write_flight_recorder, daemon=True)
         recorder.start()
-        try:
-            if call is not None and self.store.add(f"{self.prefix}/hang", 1) == 1:
-                first = self.heartbeats()
-                self.done.wait(GATHER)
-                self.beat()
-                self.report(call, first, self.heartbeats())
-                self.store.set(f"{self.prefix}/reported", "yes")
-            else:
-                self.beat()
-                self._wait_for_report()
-        except RuntimeError as error:  # no store: its host is gone with the others' heartbeats
-            if call is not None:
-                self.report(f"{call}, and the job's store does not answer ({error})", {}, {})
         recorder.join(1.0)
+        deadline = time.monotonic() + LEAVE
+        with contextlib.suppress(RuntimeError):
+            while time.monotonic() < deadline and not self.store.check([f"{self.prefix}/reported"]):
+                time.sleep(0.1)
         leave(ExitCode.HUNG)
 
     def heartbeats(self) -> dict[int, dict[str, Any]]:
@@ -144,12 +167,6 @@ class Watchdog(threading.Thread):
                     return True
                 frame = frame.f_back
         return False
-
-    def _wait_for_report(self) -> None:
-        deadline = time.monotonic() + GATHER + LEAVE
-        while time.monotonic() < deadline and not self.store.check([f"{self.prefix}/reported"]):
-            self.beat()  # this rank is alive
-            time.sleep(0.2)
 
     def _write_stacks(self) -> None:
         with (self.folder / f"rank_{self.rank:05d}.txt").open("w", encoding="utf-8") as file:
