@@ -98,6 +98,9 @@ def test_a_rare_long_step_is_no_hang() -> None:
     for window, limit in (("128", 5.0), ("2048", 11.0), ("512", 900.0)):
         progress.enter("compute", 7, window)
         assert progress.limit(progress.mark, 10.0, 5.0, 900.0) == pytest.approx(limit)
+    progress._durations[("callbacks", "")].extend([0.001] * 500)
+    progress.enter("callbacks", 7)
+    assert progress.limit(progress.mark, 10.0, 5.0, 900.0) == 900.0, "five hundred times nothing, then a long one"
 
 
 @pytest.mark.parametrize("name", ["disk full while saving", "data shard gone"])
