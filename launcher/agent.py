@@ -22,10 +22,10 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from swax_megatron.errors import ExitCode
+from swax_megatron.resilience.events import ended_with, size
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # an unlisted one would end the agent and leave the workers behind
 JOIN_SECONDS = 300  # how long agents wait for each other at the start
-NO_RENDEZVOUS = 71  # the agents never met: a crash like others, may be started again
 
 
 def _stamp() -> str:
@@ -72,7 +72,7 @@ def run_workers(processes: int, command: Sequence[str], run_dir: Path, place: Pl
 
     processes: workers on this node. The code is also written to run_dir/logs/<name>/node_<rank>.json.
     """
-    folder = run_dir / "logs" / place.name
+    folder, before = run_dir / "logs" / place.name, size(run_dir)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the failure is reported below, in one line
     settings = LaunchConfig(
         min_nodes=place.nodes,
@@ -101,13 +101,14 @@ def run_workers(processes: int, command: Sequence[str], run_dir: Path, place: Pl
         code, cause = 128 + stop.sigval, f"stopped by {signal.Signals(stop.sigval).name}"
         print(f"{cause}; every rank was told", file=sys.stderr)
     except RendezvousError as error:
-        code, cause = NO_RENDEZVOUS, f"the {place.nodes} agents did not meet at {place.rendezvous} ({type(error).__name__})"
+        code, cause = int(ExitCode.CRASHED), f"the {place.nodes} agents did not meet at {place.rendezvous} ({type(error).__name__})"
         print(f"{cause}: does every node resolve and reach the head node?", file=sys.stderr)
+    # the agent tells no code after a signal, and of ranks that end within a second any one's: the run itself knows better
+    told = ended_with(run_dir, before) if code else None
+    if told in (ExitCode.FINISHED, ExitCode.PREEMPTED, ExitCode.HUNG):
+        code = told
     _record(folder, place, code, cause)
     return code
-
-
-
 
 
 def _record(folder: Path, place: Place, code: int, cause: str) -> None:
@@ -136,6 +137,9 @@ def _report(failure: ChildFailedError, folder: Path) -> tuple[int, str]:
     code = first.exitcode if first.exitcode >= 0 else 128 - first.exitcode
     cause = f"exit code {first.exitcode}" if first.exitcode >= 0 else f"signal {-first.exitcode}"
     log = folder / f"rank_{rank}.log"
+    if first.exitcode == ExitCode.PREEMPTED:
+        print("stopped as it was told, and saved; the same command continues it", file=sys.stderr)
+        return code, "told to stop"
     if first.exitcode in (ExitCode.RUN_ERROR, ExitCode.USER_ERROR) and _told_on_console(folder, log):
         return code, _sentence(log) or cause  # a user's error or a run that cannot go on: its one sentence is enough
     if rank != 0 and log.exists():  # rank 0's lines are on the console already

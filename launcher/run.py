@@ -3,7 +3,8 @@
 The number of processes follows from the configuration and the devices; the model-parallel size (tensor x pipeline x
 context) must divide it, and what remains is data parallelism. Workers are started by torch's elastic agent, so a rank
 that dies ends the others, and SIGTERM and SIGINT reach all of them. Exit codes: 2 for a mistake in the configuration
-(nothing was started), 128 + n when signal n ended the run, else the code of the worker that failed first.
+(nothing was started), 75 when the run was told to stop and saved, 128 + n when signal n ended it unsaved, else the code
+of the worker that failed first (``swax_megatron.errors.ExitCode``).
 
 On several nodes the same command runs once on each, with --nodes, --node-rank and --rendezvous (slurm/common.sh does it).
 """
@@ -24,6 +25,7 @@ import torch
 
 from launcher.agent import Place, run_workers
 from swax_megatron.config import describe, load_config, to_yaml
+from swax_megatron.errors import ExitCode
 from swax_megatron.schema import Config
 from swax_megatron.validate import model_parallel_size, validate, validate_inputs, validate_run_dir
 
@@ -178,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             validate_run_dir(config)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return ExitCode.USER_ERROR
     print(plan.describe(config), file=sys.stderr)
     if arguments.dry_run:
         print("# " + " ".join(f"{key}={value}" for key, value in plan.environment.items()) + " " + shlex.join(plan.command))

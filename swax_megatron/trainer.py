@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import fields
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,8 @@ from swax_megatron.model.window import WindowSchedule, check_agreement
 from swax_megatron.optim.backend import OptimizerBackend
 from swax_megatron.optim.schedules import learning_rate
 from swax_megatron.parallel.groups import Groups
+from swax_megatron.resilience.events import Events
+from swax_megatron.resilience.stop import StopRequest
 from swax_megatron.schema import Config
 from swax_megatron.state import StepResult, TrainState
 
@@ -36,25 +39,38 @@ class Trainer:
         backend: OptimizerBackend,
         data: Mixture,
         callbacks: Iterable[Callback] = (),
+        stop: StopRequest | None = None,
+        events: Events | None = None,
     ) -> None:
         self.config, self.groups, self.backend, self.data = config, groups, backend, data
         self.eos_id = data.streams[0].dataset.eos_id
         self.windows = WindowSchedule.from_config(config)
         self.state = TrainState(0, 0, data.initial_state())
         self.callbacks = list(callbacks)
+        self.stop = stop or StopRequest(config.run_dir)
+        self.events = events or Events.of_next_attempt(config.run_dir)
         self.window_check_due = True  # the first step of a process is always checked
         self.late_metrics: dict[str, float] = {}  # measured after a step's metrics were written: told with the next step's
 
     def fit(self) -> None:
-        """Train to the configured number of steps."""
+        """Train to the configured number of steps, or to the step at which all ranks agree to stop."""
         for callback in self.callbacks:
             callback.on_start(self)
-        while self.state.step < self.config.train.steps:
+        while self.state.step < self.config.train.steps and not self.stop.agree(self.groups.cpu):
             result = self.train_step()
             for callback in self.callbacks:
                 callback.after_step(self, result)
+        if self.stop.agreed:
+            self.record("signal", reason=self.stop.reason, step=self.state.step)
         for callback in self.callbacks:
             callback.on_end(self)
+        if self.stop.agreed:
+            self.stop.finish(self.groups.cpu)
+
+    def record(self, event: str, **fields: Any) -> None:
+        """Tell an event of the run (rank 0)."""
+        if self.groups.rank == 0:
+            self.events.write(event, **fields)
 
     def train_step(self) -> StepResult:
         """One optimizer update on one global batch."""

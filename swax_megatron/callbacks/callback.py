@@ -19,4 +19,4 @@ class Callback:
         """After every update; ``trainer.state.step`` is already one more than ``result.step``."""
 
     def on_end(self, trainer: Trainer) -> None:
-        """After the last step."""
+        """After the last step of this process: ``trainer.stop.agreed`` where it was told to stop."""

@@ -61,6 +61,11 @@ class Checkpoints(Callback):
                 _log.info("all %d steps of train.steps are done: there is nothing left to train", checkpoint.step)
         return True
 
+    def on_end(self, trainer: Trainer) -> None:
+        """A run that was told to stop saves the step it stands at, once, unless nothing was done since the last save."""
+        if trainer.stop.agreed and trainer.state.step > max(0, self.saved_step):
+            self.save(trainer)
+
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         interval = trainer.config.checkpoint.interval
         if interval and (trainer.state.step % interval == 0 or trainer.state.step == trainer.config.train.steps):
@@ -75,6 +80,7 @@ class Checkpoints(Callback):
         state, config = trainer.state, trainer.config
         if state.step == self.saved_step:
             return
+        started = time.perf_counter()
         save(
             self.root,
             state.step,
@@ -89,6 +95,7 @@ class Checkpoints(Callback):
             group=trainer.groups.cpu,
         )
         self.saved_step = state.step
+        trainer.record("saved", step=state.step, seconds=round(time.perf_counter() - started, 4))
         if trainer.groups.rank == 0 and config.checkpoint.keep_last:
             prune(self.root, config.checkpoint.keep_last)
 
