@@ -38,7 +38,7 @@ load_site() {
 
 # ---- the job: who and where we are -------------------------------------------------------------------------------------------
 load_job() {
-    [ -n "${SLURM_JOB_ID:-}" ] || die "this is a batch script: submit it with sbatch, or with python -m launcher.submit"
+    [ -n "${SLURM_JOB_ID:-}" ] || die "this is a batch script: submit it with sbatch, or check and submit with python -m launcher.submit"
     nodes=$SLURM_JOB_NUM_NODES
     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     port=$((10000 + SLURM_JOB_ID % 20000))   # below the ephemeral ports
@@ -65,6 +65,12 @@ export_environment() { # folder of this start's logs
 on_every_node() { # command: one task a node, all CPUs of the node
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" --distribution=block \
         --kill-on-bad-exit=1 --unbuffered "${step[@]}" "${inside[@]}" "$@"
+}
+
+run_one() { # arguments of python: one process on one node, with the CPUs of the job; `dry` set: only say it
+    export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+    say "$python $*"
+    [ -n "$dry" ] || srun --nodes=1 --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${step[@]}" "${inside[@]}" "$python" "$@"
 }
 
 # ---- signals -----------------------------------------------------------------------------------------------------------------
