@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -132,8 +132,15 @@ def _sentence(log: Path) -> str | None:
     return next((line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")), None)
 
 
+def _cause(failure: ChildFailedError) -> tuple[int, ProcessFailure]:
+    """The rank that failed first; among those of one second, one that is no consequence (a lost peer, the agent's signal)."""
+    first = failure.get_first_failure()[1].timestamp
+    close = [(rank, each) for rank, each in sorted(failure.failures.items()) if each.timestamp <= first + 1]
+    return next((one for one in close if one[1].exitcode not in (ExitCode.CRASHED, -signal.SIGTERM)), close[0])
+
+
 def _report(failure: ChildFailedError, folder: Path) -> tuple[int, str]:
-    rank, first = failure.get_first_failure()
+    rank, first = _cause(failure)
     code = first.exitcode if first.exitcode >= 0 else 128 - first.exitcode
     cause = f"exit code {first.exitcode}" if first.exitcode >= 0 else f"signal {-first.exitcode}"
     log = folder / f"rank_{rank}.log"
@@ -142,6 +149,7 @@ def _report(failure: ChildFailedError, folder: Path) -> tuple[int, str]:
         return code, "told to stop"
     if first.exitcode in (ExitCode.RUN_ERROR, ExitCode.USER_ERROR) and _told_on_console(folder, log):
         return code, _sentence(log) or cause  # a user's error or a run that cannot go on: its one sentence is enough
+    code = int(ExitCode.CRASHED) if code == ExitCode.RUN_ERROR else code  # no sentence: the interpreter or a library ended it
     if rank != 0 and log.exists():  # rank 0's lines are on the console already
         print("".join(f"  {line}\n" for line in log.read_text(errors="replace").splitlines()[-20:]), end="", file=sys.stderr)
     print(f"rank {rank} ended first, with {cause}; its log: {log}", file=sys.stderr)

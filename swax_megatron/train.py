@@ -84,6 +84,7 @@ def run(config: Config, stop: StopRequest, events: Events | None = None) -> Exit
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that a hang's report shows
     device.install_cpu_shim()
     # imported here: Megatron must see the shim, and --help and refused configurations need none of it
     from swax_megatron.build import build_trainer
@@ -92,7 +93,6 @@ def run(config: Config, stop: StopRequest, events: Events | None = None) -> Exit
     joined = groups.initialize(config)
     trainer, checkpoints = build_trainer(config, joined, stop, events)
     checkpoints.resume(trainer)
-    trainer.record("resume", step=trainer.state.step)
     if joined.rank == 0:
         _write_resolved(config)
     trainer.fit()
