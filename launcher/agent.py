@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -26,6 +27,7 @@ from swax_megatron.resilience.events import ended_with, size
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # an unlisted one would end the agent and leave the workers behind
 JOIN_SECONDS = 300  # how long agents wait for each other at the start
+GRACE_SECONDS = 15.0  # how long an agent whose ranks failed waits for the others' ends
 
 
 def _stamp() -> str:
@@ -108,7 +110,16 @@ def run_workers(processes: int, command: Sequence[str], run_dir: Path, place: Pl
     if told in (ExitCode.FINISHED, ExitCode.PREEMPTED, ExitCode.HUNG):
         code = told
     _record(folder, place, code, cause)
+    if code:
+        _let_others_end(folder, place.nodes)
     return code
+
+
+def _let_others_end(folder: Path, nodes: int) -> None:
+    """srun kills every other node as soon as one agent leaves with an error: first let them write what they know."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    while len(list(folder.glob("node_*.json"))) < nodes and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def _record(folder: Path, place: Place, code: int, cause: str) -> None:

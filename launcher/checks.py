@@ -67,7 +67,7 @@ def node_report(name: str, folders: Iterable[Path]) -> dict[str, Any]:
 
 
 def compare(reports: dict[str, dict[str, Any]], expected: list[str], floors: Floors) -> dict[str, list[str]]:
-    """Node -> what is wrong with it, over all nodes; fit nodes are left out."""
+    """Node -> what is wrong with it, over all nodes; fit nodes are left out. expected: the first one held the meeting."""
     found: dict[str, list[str]] = {node: [] for node in expected}
     for node in set(expected) - set(reports):
         found[node].append("sent no report: it did not start, or hung while it was checked")
@@ -75,6 +75,10 @@ def compare(reports: dict[str, dict[str, Any]], expected: list[str], floors: Flo
     gpus = floors.min_gpus or (_most(report["gpus"] for report in known.values()) or 0)
     kinds = {key for report in known.values() for key in report["versions"]}
     versions = {key: _most(report["versions"].get(key) for report in known.values()) for key in sorted(kinds)}
+    strangers = [node for node, report in known.items() if report.get("reached") is False]
+    unreachable = 2 * len(strangers) > len(known)  # then the fault is the first node's, not theirs
+    if unreachable:
+        found[expected[0]].append("no other node could reach it")
     for node, report in known.items():
         say = found[node].append
         for fault in report["faults"]:
@@ -92,7 +96,8 @@ def compare(reports: dict[str, dict[str, Any]], expected: list[str], floors: Flo
             if report["versions"].get(key) != usual:
                 say(f"{key} {report['versions'].get(key)}, other nodes have {usual}")
         for fault in report.get("network_faults", []):
-            say(fault)
+            if not (unreachable and node in strangers):
+                say(fault)
     _slow(known, found, floors)
     return {node: faults for node, faults in found.items() if faults}
 

@@ -44,14 +44,17 @@ class Meeting:
         return cls(name, int(rank), nodes, store, timeout)
 
     def measure(self, cuda: bool) -> dict[str, Any]:
-        """``skew`` (seconds ahead of the first node), ``bandwidth`` (GB/s, None where no neighbour answered), ``network_faults``."""
+        """``skew`` (seconds ahead of the first node), ``bandwidth`` (GB/s, None where no neighbour answered), ``network_faults``.
+
+        ``reached`` is there and False where the first node did not answer at all.
+        """
         host, _, port = self.store.rpartition(":")
         wait = timedelta(seconds=self.timeout)
         try:
             store = dist.TCPStore(host, int(port), None, self.rank == 0, wait, wait_for_workers=False)
             store.set(f"here/{self.rank}", "1")
         except (dist.DistError, RuntimeError) as error:
-            return {"bandwidth": None, "network_faults": [f"cannot reach the first node at {self.store} ({_line(error)})"]}
+            return {"bandwidth": None, "reached": False, "network_faults": [f"cannot reach the first node at {self.store} ({_line(error)})"]}
         report: dict[str, Any] = {"skew": self._skew(store), "network_faults": []}
         speeds, missing = [], []
         for left in self._pairs():

@@ -60,6 +60,9 @@ def judge(options: argparse.Namespace) -> int:
         print(f"preflight: {node}: {said}{_speeds(reports.get(node, {}))}", file=sys.stderr)
     if not faults:
         return ExitCode.FINISHED
+    if len(faults) == len(expected) > 1:
+        print("error: every node failed the checks: mend what they share, or the limits (SWAX_PREFLIGHT_LIMITS)", file=sys.stderr)
+        return ExitCode.RUN_ERROR
     print(",".join(sorted(faults)))
     return ExitCode.UNHEALTHY_NODE
 

@@ -68,6 +68,15 @@ def test_a_silent_node_is_named() -> None:
     assert list(compare(reports(3), ["n0", "n1", "n2", "n3"], Floors())) == ["n3"]
 
 
+def test_a_first_node_that_nobody_reaches_is_the_one_to_blame() -> None:
+    known = reports(4)
+    for node in ("n1", "n2", "n3"):
+        known[node] |= {"bandwidth": None, "reached": False, "network_faults": ["cannot reach the first node"]}
+    names = ["n0", "n1", "n2", "n3"]
+    assert compare(known, names, Floors()) == {"n0": ["no other node could reach it"]}
+    assert list(compare(reports(4, reached=False, network_faults=["cannot reach the first node"]), names, Floors())) == ["n1"]
+
+
 def test_two_nodes_measure_each_other(tmp_path: Path) -> None:
     """Real processes: both report a bandwidth and clocks that agree; a site's check that fails on one makes it unfit."""
     check = tmp_path / "check"
