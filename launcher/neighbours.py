@@ -54,7 +54,7 @@ class Meeting:
             store = dist.TCPStore(host, int(port), None, self.rank == 0, wait, wait_for_workers=False)
             store.set(f"here/{self.rank}", "1")
         except (dist.DistError, RuntimeError) as error:
-            return {"bandwidth": None, "reached": False, "network_faults": [f"cannot reach the first node at {self.store} ({_line(error)})"]}
+            return {"bandwidth": None, "reached": False, "network_faults": [f"cannot reach node 0 at {self.store} ({_line(error)})"]}
         report: dict[str, Any] = {"skew": self._skew(store), "network_faults": []}
         speeds, missing = [], []
         for left in self._pairs():
