@@ -63,8 +63,9 @@ export_environment() { # folder of this start's logs
 }
 
 on_every_node() { # command: one task a node, all CPUs of the node
+    # a step of an --exclusive job that asked for no GPUs gets none of those it has, unless it asks
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" --distribution=block \
-        --kill-on-bad-exit=1 --unbuffered "${step[@]}" "${inside[@]}" "$@"
+        ${SLURM_GPUS_ON_NODE:+--gres=gpu:"$SLURM_GPUS_ON_NODE"} --kill-on-bad-exit=1 --unbuffered "${step[@]}" "${inside[@]}" "$@"
 }
 
 run_one() { # arguments of python: one process on one node, with the CPUs of the job; `dry` set: only say it
@@ -144,8 +145,13 @@ pretrain() { # default configuration, then the arguments of the batch script
     done
     cd "$home"
     load_site
-    load_job
     export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH}
+    if [ -n "$dry" ] && [ -z "${SLURM_JOB_ID:-}" ]; then   # bash slurm/pretrain_7b.sh --dry-run, on the login node
+        local script=slurm/${0##*/}
+        exec "$python" -m launcher.submit "$config" "${overrides[@]}" --script "$script" --dry-run \
+            --nodes "$(sed -n 's/^#SBATCH --nodes=//p' "$home/$script")"
+    fi
+    load_job
 
     local prepared run_dir snapshot limits=(${SWAX_SUPERVISE:-})
     local name=${job}_$restart attempt=0
