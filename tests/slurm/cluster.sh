@@ -4,16 +4,17 @@
 #   tests/slurm/cluster.sh down DIR           stops what `up DIR` started, by its own pids
 #   tests/slurm/cluster.sh kill DIR NODE      SIGKILL to a node's slurmd and to every process of its jobs: the node dies
 #   tests/slurm/cluster.sh start DIR NODE     the node comes back
+# CLUSTER_GPUS=8 gives every node eight GPUs that are none; CLUSTER_PORT=N sets the first port, for a second cluster.
 # Then: export SLURM_CONF=DIR/slurm.conf. Exit code 3, after one sentence, where a Slurm cannot run here.
 # It keeps to DIR and to its own ports, configuration, key and sockets; another Slurm of the machine is never spoken to.
 set -euo pipefail
 
 cannot() { echo "no Slurm here: $*" >&2; exit 3; }
 action=${1:-}; dir=${2:-}; count=${3:-2}
-[ -n "$dir" ] || { sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2; }
+[ -n "$dir" ] || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
 mkdir -p "$dir"
 dir=$(cd "$dir" && pwd)
-base=17100   # ports: slurmctld, then the nodes
+base=${CLUSTER_PORT:-17100}   # ports: slurmctld, then the nodes
 
 install() {
     command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null && return
@@ -41,6 +42,10 @@ down() {
     fi
     local file
     for file in "$dir"/slurmd.*.pid "$dir/slurmctld.pid" "$dir/munge/pid"; do [ -e "$file" ] && stop "$file"; done
+    if [ -L "$dir/munge" ]; then
+        rm -rf "$(readlink "$dir/munge")"
+        rm -f "$dir/munge"
+    fi
     if [ -f "$dir/hosts.added" ]; then
         # the lines that `up` added, and only those (rewritten in place: /etc/hosts may be a mount)
         local kept; kept=$(grep -v "# swax-cluster $dir\$" /etc/hosts || true)
@@ -59,16 +64,19 @@ up() {
         ! (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || cannot "port $port is in use"
     done
     install
-    rm -rf "$dir"/{state,log,spool,munge,dev}
-    mkdir -p "$dir"/{state,log,spool,munge,dev}
-    chmod 755 "$dir" "$dir/munge"
+    rm -rf "$dir"/{state,log,spool,dev}
+    mkdir -p "$dir"/{state,log,spool,dev}
+    # munge wants every folder above its socket open to all, and DIR may lie in a private one
+    local munge; munge=$(mktemp -d /tmp/swax_munge.XXXXXX)
+    chmod 755 "$munge"
+    ln -sfn "$munge" "$dir/munge"
     local host last=$((count - 1)) node
     host=$(hostname -s)
     for node in $(seq 0 $last); do
         grep -qw "sn$node" /etc/hosts || echo "127.0.0.1 sn$node # swax-cluster $dir" >>/etc/hosts
     done
     touch "$dir/hosts.added"
-    (umask 077; dd if=/dev/urandom of="$dir/munge/key" bs=1 count=1024 status=none)
+    (umask 077; dd if=/dev/urandom of="$munge/key" bs=1 count=1024 status=none)
     # cred_expire: otherwise a requeue waits two minutes. Fake GPUs need files: Count= alone drains a node.
     cat >"$dir/slurm.conf" <<CONF
 ClusterName=swax
@@ -78,7 +86,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket=$dir/munge/socket,cred_expire=5
+AuthInfo=socket=$munge/socket,cred_expire=5
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -112,8 +120,8 @@ CONF
         rm -f "$dir/gres.conf"
     fi
     trap 'down' ERR
-    munged --key-file="$dir/munge/key" --socket="$dir/munge/socket" --pid-file="$dir/munge/pid" \
-        --log-file="$dir/munge/log" --seed-file="$dir/munge/seed" --num-threads=2
+    munged --key-file="$munge/key" --socket="$munge/socket" --pid-file="$munge/pid" \
+        --log-file="$munge/log" --seed-file="$munge/seed" --num-threads=2
     export SLURM_CONF=$dir/slurm.conf
     slurmctld -c
     for node in $(seq 0 $last); do start "sn$node"; done
