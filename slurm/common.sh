@@ -105,7 +105,7 @@ await() { # pid: its exit code in `code`, however many signals arrive meanwhile
 
 requeue() { # reason, nodes to leave out (may be empty)
     say "requeue: $1${2:+; leaving out $2}"
-    trap '' TERM USR1   # Slurm ends this script in a moment
+    trap '' TERM USR1   # Slurm ends this script now
     if [ -z "$2" ]; then
         scontrol requeue "$SLURM_JOB_ID" || return 1
     else
@@ -114,7 +114,6 @@ requeue() { # reason, nodes to leave out (may be empty)
         scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$2" || say "could not exclude $2"
         scontrol release "$SLURM_JOB_ID"
     fi
-    sleep 120
     exit 75
 }
 
