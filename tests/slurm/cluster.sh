@@ -139,11 +139,11 @@ kill_node() { # the node's daemon, its step daemons and all their children, as w
     local pids="" pid children
     [ ! -s "$dir/slurmd.$1.pid" ] || pids=$(cat "$dir/slurmd.$1.pid")
     # step daemons and what they started bear the node's name in their environment or command
+    local environment
     for pid in /proc/[0-9]*; do
-        if tr '\0' '\n' <"$pid/environ" 2>/dev/null | grep -qx "SLURM_CONF=$dir/slurm.conf" \
-            && tr '\0' '\n' <"$pid/environ" 2>/dev/null | grep -qx "SLURMD_NODENAME=$1"; then
-            pids="$pids ${pid#/proc/}"
-        fi
+        environment=$({ tr '\0' '\n' <"$pid/environ"; } 2>/dev/null) || continue
+        grep -qx "SLURM_CONF=$dir/slurm.conf" <<<"$environment" && grep -qx "SLURMD_NODENAME=$1" <<<"$environment" || continue
+        pids="$pids ${pid#/proc/}"
     done
     for pid in $pids; do
         for children in $(ps -o ppid= -p "$pid" 2>/dev/null); do
