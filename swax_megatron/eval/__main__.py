@@ -18,6 +18,7 @@ from swax_megatron.data.recall import RecallTask
 from swax_megatron.data.shards import ShardedDataset
 from swax_megatron.eval import perplexity, recall
 from swax_megatron.eval.model import TYPES, Subject, open_subject
+from swax_megatron.eval.probe import memory_statistics
 from swax_megatron.eval.report import write_report
 from swax_megatron.eval.ruler.generate import Materials
 from swax_megatron.eval.ruler.run import choose_tasks, run
@@ -67,6 +68,9 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--data", help="data set folder, written with the model's tokenizer")
     text.add_argument("--documents", type=int, default=200, help="documents read (default 200)")
     text.add_argument("--position-length", type=int, default=16384, help="tokens read of a document at most (default 16384)")
+    text.add_argument("--memory", action="store_true", help="also measure horizons, gates, states and attention of every head on --data")
+    text.add_argument("--memory-length", type=int, default=2048, help="tokens of a document it reads (default 2048)")
+    text.add_argument("--memory-documents", type=int, default=8, help="documents it reads (default 8)")
     return made
 
 
@@ -84,7 +88,9 @@ def evaluate(options: argparse.Namespace) -> None:
     """Run what the options ask for. Raises ValueError, before the model is loaded where that is possible."""
     if not (options.tasks or options.recall or options.data):
         raise ValueError("nothing to evaluate: give --tasks, --recall or --data")
-    for name in ("samples", "batch", "recall_rows", "documents", "position_length"):
+    if options.memory and not options.data:
+        raise ValueError("--memory measures a model on documents: give them with --data")
+    for name in ("samples", "batch", "recall_rows", "documents", "position_length", "memory_length", "memory_documents"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
     materials = Materials(options.essay, options.squad, options.hotpotqa, options.words)
@@ -106,6 +112,9 @@ def evaluate(options: argparse.Namespace) -> None:
     if dataset is not None and units.get("perplexity") is None:
         found = perplexity.by_position(subject, dataset, options.position_length, options.documents, progress)
         units.put("perplexity", {"kind": "perplexity", **found})
+    if options.memory and units.get("memory") is None:
+        found = memory_statistics(subject, dataset, options.memory_documents, options.memory_length, progress)
+        units.put("memory", {"kind": "memory", **found})
     print(write_report(options.out, options.tensorboard))
 
 

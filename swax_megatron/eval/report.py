@@ -8,19 +8,22 @@ writes report.md, results.json and the PNG plots beside the units, and TensorBoa
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from swax_megatron.eval import plots
 from swax_megatron.eval.units import stored_units, write_json
 
 
 def results(folder: str | Path) -> dict[str, Any]:
-    """Everything stored, without the single answers: {"evaluation", "ruler": [...], "recall": [...], "perplexity": [...]}."""
+    """Everything stored, without the single answers: the identity, and lists by kind."""
     identity, units = stored_units(folder)
-    summary: dict[str, Any] = {"evaluation": identity, "ruler": [], "recall": [], "perplexity": []}
+    summary: dict[str, Any] = {"evaluation": identity, "ruler": [], "recall": [], "perplexity": [], "memory": []}
     for unit in units.values():
         summary[unit["kind"]].append({key: value for key, value in unit.items() if key not in ("lines", "kind")})
     summary["ruler"].sort(key=lambda entry: (entry["task"], entry["length"]))
@@ -35,7 +38,12 @@ def write_report(folder: str | Path, tensorboard: bool = False) -> Path:
     drawn = plots.draw(found, folder)
     lines = [f"# Evaluation of {found['evaluation']['model']}", ""]
     lines += [f"- {key}: {value}" for key, value in found["evaluation"].items() if key not in ("model", "format_version")]
-    for title, body in (("RULER", _ruler(found["ruler"])), ("Recall by gap", _recall(found["recall"])), ("Perplexity", _loss(found))):
+    for title, body in (
+        ("RULER", _ruler(found["ruler"])),
+        ("Recall by gap", _recall(found["recall"])),
+        ("Loss by position", _loss(found)),
+        ("Memory", _memory(found["memory"])),
+    ):
         if body:
             lines += ["", f"## {title}", "", *body]
     lines += ["", *(f"![{path.stem}]({path.name})" for path in drawn)]
@@ -81,6 +89,19 @@ def _loss(found: dict) -> list[str]:
     return lines[:-1]
 
 
+def _memory(entries: list[dict]) -> list[str]:
+    """One line a layer and statistic: the smallest, median and largest head."""
+    lines: list[str] = []
+    for entry in entries:
+        rows = [
+            [name, *(f"{value:.4g}" for value in (min(heads), statistics.median(heads), max(heads)))]
+            for name, heads in sorted(entry["heads"].items())
+        ]
+        lines += [f"{entry['data']}: {entry['documents']} documents of up to {entry['length']} tokens.", ""]
+        lines += [*_table(["statistic", "smallest head", "median", "largest head"], rows), ""]
+    return lines[:-1]
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
 
@@ -105,6 +126,9 @@ def _to_tensorboard(found: dict, folder: Path) -> None:
         for entry in found["perplexity"]:
             for bucket in entry["by_position"]:
                 writer.add_scalar("loss/by_position", bucket["nats"], bucket["from"])
+        for entry in found["memory"]:
+            for name, heads in entry["heads"].items():
+                writer.add_histogram(name, np.array(heads), 0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

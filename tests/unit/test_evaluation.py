@@ -63,10 +63,14 @@ def test_command_writes_scores_tables_and_plots_and_continues(export, dataset, t
     out = tmp_path / "out"
     command = [str(export), "--out", str(out), "--tasks", "niah_single_1,fwe", "--lengths", "1024,2048", "--samples", "2", "--batch", "2"]
     command += ["--data", str(dataset), "--documents", "10", "--position-length", "256", "--tensorboard"]
+    command += ["--memory", "--memory-length", "64", "--memory-documents", "2"]
     assert main(command) == 0
     found = json.loads((out / "results.json").read_text())
     assert {(e["task"], e["length"]) for e in found["ruler"]} == {(t, n) for t in ("niah_single_1", "fwe") for n in (1024, 2048)}
     assert all(0 <= entry["score"] <= 100 and entry["samples"] == 2 for entry in found["ruler"])
+    heads = found["memory"][0]["heads"]
+    assert len(heads["memory/layer_00/horizon"]) == 2 and all(value > 0 for value in heads["memory/layer_00/horizon"])
+    assert {name.split("/")[1] for name in heads} == {"layer_00", "layer_01", "layer_02"}
     report = (out / "report.md").read_text()
     assert "| niah_single_1 |" in report and "more than a window of in-document past" in report
     assert {path.name for path in out.glob("*.png")} == {"ruler.png", "loss_by_position.png"}
