@@ -52,7 +52,7 @@ def test_a_resume_anywhere_continues_exactly(mixture, cuts):
 def test_every_split_over_ranks_reads_the_same_batches(mixture):
     plan, _ = mixture.plan(StreamState(100, (50, 30, 20)), 24)
     whole = mixture.load(plan)
-    assert whole.ids_bt1.shape == (24, 17) and whole.ids_bt1.dtype == np.int64 and whole.mask_bt1.dtype == bool
+    assert whole.ids_bt1.shape == (24, 17) and whole.ids_bt1.dtype == np.uint16 and whole.mask_bt1.dtype == bool
     for ranks in (1, 2, 3, 8, 24):
         size = 24 // ranks
         parts = [mixture.load(plan[rank * size : (rank + 1) * size]) for rank in range(ranks)]

@@ -44,7 +44,7 @@ def test_documents_come_back(vocab_size, dtype, tmp_path):
 
 
 def flat(dataset: ShardedDataset, shard: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.concatenate(list(dataset.blocks(shard))), dataset.shard(shard).index.starts[1:-1]
+    return np.concatenate(list(dataset.blocks(shard))), dataset.index(shard).starts[1:-1]
 
 
 def test_loss_masks_come_back(tmp_path):
