@@ -89,8 +89,8 @@ def _fit_cache(config: Config, streams: list[SequenceStream]) -> None:
     limit = config.data.cache_gib * 2**30
     if block > limit:
         raise ValueError(
-            f"data.cache_gib={config.data.cache_gib:g}: a shuffle block of the remote sources takes up to {block / 2**30:.3g} GiB; raise it "
-            f"to that, or lower data.shuffle_tokens={config.data.shuffle_tokens} (which makes it another run)"
+            f"data.cache_gib={config.data.cache_gib:g}: a shuffle block of the remote sources takes {block / 2**30:.3g} GiB; raise it to "
+            f"that, or lower data.shuffle_tokens={config.data.shuffle_tokens} (which makes it another run)"
         )
     for stream in remote:
         stream.look_ahead = 2 if 2 * block <= limit else 1

@@ -1,7 +1,8 @@
 """What may differ between a checkpoint's configuration and the one that resumes it.
 
 * Never: the model, the seeds of the weights and of the data order, the row length, packing and shuffling, names and order of
-  the training sources there were, weights and batch sizes of steps already done, and whatever would give steps already done another attention window. They are the past; another past is another run.
+  the training sources there were, weights and batch sizes of steps already done, and whatever would give
+  those steps another attention window. They are the past; another past is another run.
 * With the field named in ``checkpoint.allow_change``: what alters the steps to come (train.steps, batch size, optimizer, window,
   precision, source weights now and from a later step on, further sources, and every field this file does not know).
 * Freely: layout, backend, micro-batch, recomputation, kernels, monitoring, validation, checkpointing, paths.

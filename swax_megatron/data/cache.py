@@ -69,13 +69,15 @@ class FileCache:
             try:
                 fetch(aside)
                 _sync(aside)
-                os.replace(aside, path)
+                with self._locked("folder"):  # a listing of the folder during a rename may miss the file
+                    os.replace(aside, path)
             finally:
                 aside.unlink(missing_ok=True)
 
     def bytes(self) -> int:
         """What all files take up, those being written with their full size."""
-        return sum(size for _, size, _ in self._files())
+        with self._locked("folder"):
+            return sum(size for _, size, _ in self._files())
 
     @contextmanager
     def _locked(self, name: str, wait: bool = True) -> Iterator[bool]:
@@ -131,7 +133,10 @@ class FileCache:
                 if abandoned:
                     path.unlink(missing_ok=True)
                 return abandoned
-        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:  # removed by hand
+            return True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()

@@ -111,7 +111,11 @@ class BestFitStream(SequenceStream):
         file = self._file()
         if file is None or not file.exists():
             return None
-        table, shards = np.load(file, allow_pickle=False), len(self.dataset.shards)
+        shards = len(self.dataset.shards)
+        try:
+            table = np.load(file, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file} is damaged ({error}): delete it") from error
         fits = table[0] == _VERSION and table[1] == shards and table[5 : 5 + shards].sum() == len(table) - 5 - shards
         return table if fits else None
 

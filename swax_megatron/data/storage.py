@@ -84,7 +84,7 @@ class LocalFolder:
 class RemoteFolder:
     """Files behind a URL or a command, kept in a cache.
 
-    cache: None serves only ``read``.  retries: how often a failed fetch is tried again, after pauses of 0.5, 1, 2, ... seconds (at most 30).
+    cache: None serves only ``read``.  retries: how often a failed fetch is tried again, after 0.5, 1, 2, ... seconds (at most 30).
     """
 
     remote = True

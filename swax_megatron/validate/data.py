@@ -44,7 +44,7 @@ def check_curriculum(config: Config) -> None:
     for index, change in enumerate(config.data.curriculum):
         where = f"data.curriculum.{index}"
         if change.step <= before:
-            needs = f"more than {before}, the step of the change before it" if index else "at least 1; the weights before stand in data.train"
+            needs = f"more than {before}, the step of the change before it" if index else "at least 1; earlier weights stand in data.train"
             raise ValueError(f"{where}.step={change.step}: must be {needs}")
         if set(change.weights) != set(names):
             odd = sorted(set(change.weights) ^ set(names))[0]
