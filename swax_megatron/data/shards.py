@@ -11,7 +11,7 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +51,7 @@ class ShardedDataset:
     cache, retries: where files of a remote data set are kept (needed for one), and how often a failed fetch is tried again.
     damaged: "stop" raises ValueError for the first damaged or missing shard; "skip" leaves such shards out, and ``skipped``
         maps their files' names to what is wrong. Decided here, once: the order of the data depends on it.
-    skip: files (tars) to leave out without looking at them, because the run left them out before.
+    skip: files (tars) to leave out without looking at them, because the run left them out before; or a mapping of them to the reason.
 
     Raises ValueError where the data set is incomplete, damaged, or newer than this program.
     """
@@ -91,7 +91,7 @@ class ShardedDataset:
         self._check_tokenizer_file()
         if unknown := sorted(set(skip) - {entry["file"] for entry in self.shards}):
             raise ValueError(f"{self._name(MANIFEST)} lists no shard {unknown[0]}, which was to be skipped")
-        found = {name: "left out by the run before" for name in skip}
+        found = dict(skip) if isinstance(skip, Mapping) else {name: "left out by the run before" for name in skip}
         if not self.storage.remote:
             found |= self._faults(verify, damaged == "stop", set(skip))
         self._leave_out(found)
