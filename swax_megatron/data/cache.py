@@ -2,23 +2,20 @@
 
 A file is named by its sha256, so that every data set and run may share one folder. It is written aside, verified and renamed;
 only one process downloads it, under its own lock. Room is made, under the folder's lock, by removing what was used longest ago.
-A file that is mapped holds a shared lock and is never removed: the limit counts what really takes up the disk. The locks are
+A file that is open holds a shared lock and is never removed: the limit counts what really takes up the disk. The locks are
 flock's, which the kernel drops with their process, so a killed process leaves nothing that has to be cleaned up by hand.
 """
 
 from __future__ import annotations
 
 import fcntl
-import mmap
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-
-_PATIENCE = 60.0  # seconds to wait for a mapped file to be let go
+_PATIENCE = 60.0  # seconds to wait for an open file to be closed
 
 
 class CacheError(OSError):
@@ -36,8 +33,8 @@ class FileCache:
         except OSError as error:
             raise CacheError(f"cache folder {self.folder} cannot be made ({error.strerror}): name another with data.cache") from error
 
-    def map(self, sha256: str, size: int, fetch: Callable[[Path], None]) -> np.ndarray:
-        """The file as (size,) uint8, read-only; it stays in the cache for as long as the array is referenced.
+    def open(self, sha256: str, size: int, fetch: Callable[[Path], None]) -> int:
+        """A descriptor of the file, for reading; it stays in the cache until the descriptor is closed.
 
         fetch: called with a path to write the file to where it is not here; it must verify what it wrote or raise.
         Raises CacheError where the limit leaves no room, and what ``fetch`` raises.
@@ -49,15 +46,11 @@ class FileCache:
             except FileNotFoundError:
                 self.bring(sha256, size, fetch)
                 continue
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_SH)
-                if os.fstat(descriptor).st_nlink == 0:
-                    continue  # removed between opening and locking
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            if os.fstat(descriptor).st_nlink:
                 os.utime(descriptor)  # used now
-                # mmap duplicates the descriptor, and the lock belongs to both: it lasts until the array is freed
-                return np.frombuffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
-            finally:
-                os.close(descriptor)
+                return descriptor
+            os.close(descriptor)  # removed between opening and locking
 
     def bring(self, sha256: str, size: int, fetch: Callable[[Path], None], *, wait: bool = True) -> None:
         """Have the file here. Without ``wait``, leave it to another process that is already bringing it."""
@@ -127,7 +120,7 @@ class FileCache:
             time.sleep(0.05)
 
     def _remove(self, path: Path) -> bool:
-        """Remove a file that nobody maps, or what a process that died left half-written."""
+        """Remove a file that nobody has open, or what a process that died left half-written."""
         if path.suffix == ".part":
             with self._locked(path.name.split(".")[0], wait=False) as abandoned:
                 if abandoned:

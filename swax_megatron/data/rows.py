@@ -153,7 +153,7 @@ class BestFitStream(SequenceStream):
         first, last = int(table.rows[row]), int(table.rows[row + 1])
         begin = int(table.ends[first - 1]) if first else 0
         filled = int(table.ends[last - 1]) - begin
-        copy_pieces(self.dataset.shard(shard), table, first, last, begin, ids[:filled], mask)
+        copy_pieces(self.dataset, shard, table, first, last, begin, ids[:filled], mask)
         ids[filled:], mask[filled:] = self._pad, False
         return filled
 

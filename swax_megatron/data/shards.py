@@ -1,8 +1,8 @@
 """A data set, opened for random access: manifest.json, tar shards, an index beside each tar, tokenizer.model.
 
-Nothing is extracted and nothing is looked up by a tar member's name: the index gives byte offsets, the tars are
-memory-mapped. Opening reads the manifest and 64 bytes of each index; document tables are read when a shard is used.
-Of a remote data set, opening reads the manifest and the tokenizer; shards are fetched into a cache when they are used.
+Nothing is extracted and nothing is looked up by a tar member's name: the index gives byte offsets. Opening reads the manifest and
+64 bytes of each index; document tables are read when a shard is used. Of a remote data set, opening reads the manifest and the
+tokenizer; shards are fetched into a cache when they are used.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 
 from swax_megatron.data.cache import FileCache
 from swax_megatron.data.index import ShardIndex, parse_index, read_header
-from swax_megatron.data.storage import LocalFolder, RemoteFolder, is_remote, sha256_of
+from swax_megatron.data.storage import LocalFolder, Reader, RemoteFolder, is_remote, sha256_of
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -32,14 +31,6 @@ _CHECKS_AT_ONCE = 8  # network file systems answer slowly, and many at once
 fingerprint = sha256_of
 
 
-@dataclass(frozen=True)
-class OpenShard:
-    """A mapped tar: the whole of it as items of the id type (``ids``) and as uint8 (``bytes``), read-only."""
-
-    ids: np.ndarray
-    bytes: np.ndarray
-
-
 class ShardedDataset:
     """A data set written by data_prep/shard.py. Safe for several threads.
 
@@ -47,7 +38,7 @@ class ShardedDataset:
     verify: "size" compares the size of every file with the manifest and every index header with its shard; "sha256"
         also hashes every file (minutes for a large corpus: do it once a node, not once a rank). Files of a remote data set
         are hashed when they are fetched, always.
-    max_open_shards: shards kept mapped at once; each holds one file descriptor.
+    max_open_shards: tars kept open at once, a file descriptor each.
     cache, retries: where files of a remote data set are kept (needed for one), and how often a failed fetch is tried again.
     damaged: "stop" raises ValueError for the first damaged or missing shard; "skip" leaves such shards out, and ``skipped``
         maps their files' names to what is wrong. Decided here, once: the order of the data depends on it.
@@ -84,8 +75,8 @@ class ShardedDataset:
             self._read_fields()
         except (KeyError, TypeError) as error:
             raise ValueError(f"{self._name(MANIFEST)} lacks or misstates {error}; write the data set again") from error
-        self._max_open = 0 if self.storage.remote else max(1, max_open_shards)  # a mapped file cannot leave the cache
-        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._max_open = 0 if self.storage.remote else max(1, max_open_shards)  # an open file cannot leave the cache
+        self._open: OrderedDict[int, Reader] = OrderedDict()
         self._last_index: tuple[int, ShardIndex | None] = (-1, None)
         self._lock = threading.Lock()
         self._check_tokenizer_file()
@@ -223,15 +214,14 @@ class ShardedDataset:
         if vocab_size is not None and vocab_size != self.vocab_size:
             raise ValueError(f"data set {self.path} has {self.vocab_size} ids, not {vocab_size}: set vocab_size={self.vocab_size}")
 
-    def shard(self, number: int) -> OpenShard:
-        """Shard ``number``, mapped; the least recently used one is let go when too many are open."""
+    def tar(self, number: int) -> Reader:
+        """The tar of shard ``number``, open; the least recently used one is closed when too many are."""
         with self._lock:
             if number in self._open:
                 self._open.move_to_end(number)
                 return self._open[number]
         entry = self.shards[number]
-        raw = self.storage.map(entry["file"], entry["bytes"], entry["sha256"])  # outside the lock: it may take a download
-        opened = OpenShard(raw.view(self.dtype), raw)
+        opened = self.storage.open(entry["file"], entry["bytes"], entry["sha256"])  # outside the lock: it may take a download
         if self._max_open:
             with self._lock:
                 self._open[number] = opened
@@ -240,11 +230,12 @@ class ShardedDataset:
         return opened
 
     def index(self, number: int) -> ShardIndex:
-        """The index of a shard, mapped and checked; the one used last is kept."""
+        """The index of a shard, checked; the one used last is kept."""
         last, index = self._last_index
         if last != number or index is None:
             entry = self.shards[number]
-            raw = self.storage.map(entry["index"], entry["index_bytes"], entry["index_sha256"])
+            raw = np.empty(entry["index_bytes"], np.uint8)
+            self.storage.open(entry["index"], entry["index_bytes"], entry["index_sha256"]).read_into(0, raw)
             index = parse_index(raw, self._name(entry["index"]))
             self._last_index = (number, index)
         return index
@@ -259,26 +250,28 @@ class ShardedDataset:
             self.storage.fetch_ahead(files)
 
     def document(self, shard: int, number: int) -> np.ndarray:
-        """The ids of one document with its EOS: a read-only view (length,) of the mapped tar."""
+        """The ids of one document with its EOS: (length,) of the stored type."""
         index = self.index(shard)
-        start = int(index.document_offsets(0, self.dtype.itemsize)[number])
-        return self.shard(shard).ids[start : start + int(index.lengths[number])]
+        ids = np.empty(int(index.lengths[number]), self.dtype)
+        self.tar(shard).read_into(int(index.document_offsets(0, self.dtype.itemsize)[number]) * self.dtype.itemsize, ids)
+        return ids
 
     def document_mask(self, shard: int, number: int) -> np.ndarray:
         """The loss mask of one document: (length,) bool, all true where the data set has none."""
         index = self.index(shard)
-        length = int(index.lengths[number])
-        if not self.has_mask:
-            return np.ones(length, bool)
-        start = int(index.document_offsets(3, 1)[number])
-        return self.shard(shard).bytes[start : start + length] != 0
+        mask = np.ones(int(index.lengths[number]), np.uint8)
+        if self.has_mask:
+            self.tar(shard).read_into(int(index.document_offsets(3, 1)[number]), mask)
+        return mask != 0
 
     def blocks(self, shard: int) -> Iterator[np.ndarray]:
-        """The ids of a shard in stored order, one member at a time: read-only views."""
-        opened, index = self.shard(shard), self.index(shard)
+        """The ids of a shard in stored order, one member at a time."""
+        tar, index = self.tar(shard), self.index(shard)
         tokens = np.diff(np.append(index.members[:, 1], index.header.tokens))
-        for offset, length in zip(index.members[:, 0] // self.dtype.itemsize, tokens, strict=True):
-            yield opened.ids[offset : offset + length]
+        for offset, length in zip(index.members[:, 0].tolist(), tokens.tolist(), strict=True):
+            ids = np.empty(length, self.dtype)
+            tar.read_into(offset, ids)
+            yield ids
 
 
 def _read_manifest(storage: LocalFolder | RemoteFolder, path: str) -> tuple[dict[str, Any], str]:

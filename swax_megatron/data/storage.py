@@ -1,10 +1,12 @@
 """Where the files of a data set come from: a folder, an object store or HTTP through fsspec, or a command.
 
-* ``/data/web`` and other plain paths are read in place, memory-mapped.
+* ``/data/web`` and other plain paths are read in place.
 * ``s3://bucket/web``, ``https://host/web``, ``file:///net/web`` and every other URL that fsspec opens (s3 needs ``s3fs``, gs ``gcsfs``).
 * ``pipe:aws s3 cp s3://bucket/web/{file} -``: a shell command that writes the file named ``{file}`` to its standard output.
 
-Files of the last two kinds are fetched with retries into a ``FileCache``, verified against the manifest, and mapped from there.
+Files of the last two kinds are fetched with retries into a ``FileCache``, verified against the manifest, and read from there. Files
+are read with ``pread``, not mapped: an error of the disk or the network is then an error in words and not a killed process, and the
+memory of a process does not grow with what it has read.
 A URL or a command comes from the user's own configuration; a manifest may only name files inside its data set.
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import shlex
 import subprocess
 import threading
@@ -55,8 +58,27 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+class Reader:
+    """An open file, read at any position by any thread; closed when nobody refers to it any more."""
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        self._descriptor, self._name = descriptor, name
+
+    def read_into(self, offset: int, target: np.ndarray) -> None:
+        """Fill the contiguous array ``target`` with the bytes from ``offset`` on; ValueError where the file ends before."""
+        done = os.preadv(self._descriptor, [target], offset)
+        while done < target.nbytes:
+            more = os.preadv(self._descriptor, [target.view(np.uint8)[done:]], offset + done)
+            if not more:
+                raise ValueError(f"{self._name} ends at byte {offset + done}, before its index says; copy the data set again")
+            done += more
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+
 class LocalFolder:
-    """Files that are mapped where they lie."""
+    """Files that are read where they lie."""
 
     remote = False
 
@@ -67,15 +89,16 @@ class LocalFolder:
         """A small file, whole; OSError where it cannot be read."""
         return (self.path / name).read_bytes()
 
-    def map(self, name: str, size: int, sha256: str) -> np.ndarray:
-        """A file as (size,) uint8, read-only; ValueError where it is missing or has another size."""
+    def open(self, name: str, size: int, sha256: str) -> Reader:
+        """A file, for reading; ValueError where it is missing or has another size."""
         path = self.path / name
         try:
-            if path.stat().st_size != size:
-                raise ValueError(f"{path} has {path.stat().st_size} bytes where the manifest states {size}; copy the data set again")
-            return np.asarray(np.memmap(path, np.uint8, mode="r"))
+            reader = Reader(os.open(path, os.O_RDONLY), str(path))
         except FileNotFoundError:
             raise ValueError(f"shard file {path} is missing; copy the data set again") from None
+        if (found := path.stat().st_size) != size:
+            raise ValueError(f"{path} has {found} bytes where the manifest states {size}; copy the data set again")
+        return reader
 
     def fetch_ahead(self, files: Iterable[tuple[str, int, str]]) -> None:
         """Nothing to do: the operating system reads ahead."""
@@ -106,12 +129,12 @@ class RemoteFolder:
             self._try(name, lambda: self._get(name, target))
             return target.read_bytes()
 
-    def map(self, name: str, size: int, sha256: str) -> np.ndarray:
-        """A file as (size,) uint8, read-only, verified.
+    def open(self, name: str, size: int, sha256: str) -> Reader:
+        """A file, for reading, verified; it cannot leave the cache before the reader is dropped.
 
         Raises RemoteError where it cannot be fetched, ValueError where it is damaged at its origin, CacheError without room.
         """
-        return self.cache.map(sha256, size, lambda target: self._fetch(name, size, sha256, target))
+        return Reader(self.cache.open(sha256, size, lambda target: self._fetch(name, size, sha256, target)), f"{self.url}/{name}")
 
     def fetch_ahead(self, files: Iterable[tuple[str, int, str]]) -> None:
         """Begin to fetch (name, size, sha256) in the background. A failure is left to whoever then maps the file."""

@@ -20,20 +20,19 @@ from typing import Any
 
 import numpy as np
 
-from swax_megatron.data.shards import OpenShard, ShardedDataset
+from swax_megatron.data.shards import ShardedDataset
 from swax_megatron.randomness import Permutation
 
 SHUFFLE_TOKENS = 1 << 31
 _CACHED_DOCUMENTS = 1 << 24  # 8 to 12 bytes each
 _INDEX_CHUNK = 1024
-_FEW = 24  # pieces of a row: so many are copied one by one, more are gathered at once
 
 
 @dataclass(frozen=True)
 class Pieces:
     """Pieces of documents in the order they are read, (P,) each.
 
-    ids_at, mask_at: where each begins in the mapped tar, in ids and in bytes.  ends: prefix sums of their lengths in ids.
+    ids_at, mask_at: where each begins in the tar, in ids and in bytes.  ends: prefix sums of their lengths in ids.
     """
 
     ids_at: np.ndarray
@@ -207,40 +206,34 @@ class SequenceStream:
         stop = min(start + len(ids), int(table.ends[-1]))
         first = int(table.ends.searchsorted(start, side="right"))
         last = int(table.ends.searchsorted(stop, side="left")) + 1
-        copy_pieces(self.dataset.shard(shard), table, first, last, start, ids[: stop - start], mask)
+        copy_pieces(self.dataset, shard, table, first, last, start, ids[: stop - start], mask)
         return stop - start
 
 
-def copy_pieces(opened: OpenShard, table: Pieces, first: int, last: int, start: int, ids: np.ndarray, mask: np.ndarray) -> None:
+def copy_pieces(
+    dataset: ShardedDataset, shard: int, table: Pieces, first: int, last: int, start: int, ids: np.ndarray, mask: np.ndarray
+) -> None:
     """Fill ``ids`` (n,), and ``mask`` where the data has one, from pieces ``first`` to ``last`` of a table.
 
     start: the token of the table's line that ``ids[0]`` is; the first piece may begin before it, the last end after the n ids.
     """
-    stop = start + len(ids)
+    tar, stop = dataset.tar(shard), start + len(ids)
     begin = int(table.ends[first - 1]) if first else 0
-    if last - first > _FEW:
-        lengths = np.diff(table.ends[first:last].astype(np.int64), prepend=begin)
-        lengths[0] -= start - begin
-        lengths[-1] -= int(table.ends[last - 1]) - stop
-        line = np.arange(len(ids))
-        before = np.cumsum(lengths) - lengths
-        for source, offsets, target in ((opened.ids, table.ids_at, ids), (opened.bytes, table.mask_at, mask)):
-            if offsets is not None:
-                shift = offsets[first:last].astype(np.int64) - before
-                shift[0] += start - begin
-                target[: len(ids)] = source[line + np.repeat(shift, lengths)]
-        return
+    stored = ids if ids.dtype == dataset.dtype else np.empty(len(ids), dataset.dtype)
+    flags = None if table.mask_at is None else np.empty(len(ids), np.uint8)
     ends, ids_at = table.ends[first:last].tolist(), table.ids_at[first:last].tolist()
     mask_at = None if table.mask_at is None else table.mask_at[first:last].tolist()
+    item = dataset.dtype.itemsize
     for k, end in enumerate(ends):
         low, high = max(begin, start), min(end, stop)
-        skip, size, at = low - begin, high - low, low - start
-        source = ids_at[k] + skip
-        ids[at : at + size] = opened.ids[source : source + size]
+        tar.read_into((ids_at[k] + low - begin) * item, stored[low - start : high - start])
         if mask_at is not None:
-            source = mask_at[k] + skip
-            mask[at : at + size] = opened.bytes[source : source + size]
+            tar.read_into(mask_at[k] + low - begin, flags[low - start : high - start])
         begin = end
+    if stored is not ids:
+        ids[:] = stored
+    if flags is not None:
+        np.not_equal(flags, 0, out=mask[: len(ids)])
 
 
 def _remember(cache: OrderedDict, key: object, value: object, limit: int) -> None:

@@ -152,20 +152,6 @@ def test_only_empty_documents(tmp_path):
         BestFitStream(dataset, 8, seed=0)
 
 
-def test_many_short_documents_are_gathered_like_few(tmp_path, monkeypatch):
-    """Rows of many documents are copied by one gather; both ways give the same ids and masks."""
-    documents = random_documents(400, longest=6)
-    masks = [np.random.default_rng(n).integers(0, 2, len(ids)).tolist() for n, ids in enumerate(documents)]
-    dataset = ShardedDataset(write_ids(tmp_path / "set", documents, masks))
-    for kind in (SequenceStream, BestFitStream):
-        stream = kind(dataset, 150, seed=2)
-        gathered = [stream[i] for i in range(stream.per_epoch)]
-        with monkeypatch.context() as patch:
-            patch.setattr("swax_megatron.data.stream._FEW", 10_000)
-            plain = [stream[i] for i in range(stream.per_epoch)]
-        assert all((a[0] == b[0]).all() and (a[1] == b[1]).all() for a, b in zip(gathered, plain, strict=True))
-
-
 def test_best_fit_cuts_less_than_concatenation(tmp_path: Path) -> None:
     """What it is for: the share of documents that a row's end cuts."""
     dataset = ShardedDataset(write_ids(tmp_path / "set", random_documents(2000, longest=30), shard_bytes=1 << 20))

@@ -96,3 +96,17 @@ def test_fewer_shards_than_readers(tmp_path):
     plan, _ = data.plan(data.initial_state(), 64)
     parts = [data.load(plan[rank * 4 : rank * 4 + 4]).ids_bt1 for rank in range(16)]
     assert (np.concatenate(parts) == data.load(plan).ids_bt1).all()
+
+
+@pytest.mark.parametrize("how, sentence", [("truncated", "shard-000000.tar ends at byte"), ("gone", "shard-000000.tar")])
+def test_a_file_that_shrinks_under_a_reader_gives_words_and_no_crash(how, sentence, folder):
+    stream = SequenceStream(ShardedDataset(folder), 16, seed=1)
+    stream[0]
+    stream.dataset.tar(0)
+    with open(folder / "shard-000000.tar", "r+b") as file:
+        file.truncate(600)
+    if how == "gone":
+        (folder / "shard-000000.tar").unlink()
+    with pytest.raises(ValueError, match=sentence):
+        for i in range(stream.per_epoch):
+            stream[i]

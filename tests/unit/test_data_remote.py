@@ -16,7 +16,7 @@ from swax_megatron.data import cache as cache_module
 from swax_megatron.data.cache import CacheError, FileCache
 from swax_megatron.data.rows import open_stream
 from swax_megatron.data.shards import ShardedDataset
-from swax_megatron.data.storage import RemoteError, RemoteFolder, read_file
+from swax_megatron.data.storage import Reader, RemoteError, RemoteFolder, read_file
 from swax_megatron.data.stream import SequenceStream
 from tests.http_server import Faults, serve
 from tests.texts import random_documents, write_ids
@@ -90,15 +90,15 @@ def test_what_stays_broken_is_told(server, folder, tmp_path):
     dataset = ShardedDataset(url, cache=FileCache(tmp_path, 1 << 20), retries=2)
     faults.by_name = {"shard-000000.tar": ["status"] * 9, "shard-000001.tar": ["flip"] * 9, "shard-000002.tar": ["cut"] * 9}
     with pytest.raises(RemoteError, match="shard-000000.tar cannot be read after 3 tries: 503"):
-        dataset.shard(0)
+        dataset.tar(0)
     with pytest.raises(ValueError, match="shard-000001.tar cannot be read after 3 tries: .* is damaged: its sha256 is not the manifest's"):
-        dataset.shard(1)
+        dataset.tar(1)
     with pytest.raises(OSError, match="shard-000002.tar cannot be read after 3 tries"):
-        dataset.shard(2)
+        dataset.tar(2)
     faults.requests.clear()
     entry = dict(dataset.shards[3], file="shard-999999.tar")
     with pytest.raises(RemoteError, match="shard-999999.tar does not exist"):
-        dataset.storage.map(entry["file"], entry["bytes"], "0" * 64)
+        dataset.storage.open(entry["file"], entry["bytes"], "0" * 64)
     assert faults.requests["shard-999999.tar"] <= 2  # not tried again
     assert [path.name for path in tmp_path.iterdir()] == ["locks"]  # nothing half-written
     with pytest.raises(ValueError, match="no data set at http.*nowhere.*does not exist"):
@@ -142,11 +142,17 @@ def content(number: int, size: int = 1000) -> tuple[str, bytes]:
     return hashlib.sha256(data).hexdigest(), data
 
 
-def get(cache: FileCache, number: int) -> np.ndarray:
+def get(cache: FileCache, number: int) -> Reader:
     name, data = content(number)
-    found = cache.map(name, len(data), lambda target: None if target.write_bytes(data) else None)
-    assert found.tobytes() == data
-    return found
+    reader = Reader(cache.open(name, len(data), lambda target: None if target.write_bytes(data) else None), name)
+    assert whole(reader) == data
+    return reader
+
+
+def whole(reader: Reader) -> bytes:
+    found = np.empty(1000, np.uint8)
+    reader.read_into(0, found)
+    return found.tobytes()
 
 
 def test_the_file_used_longest_ago_goes_first(tmp_path):
@@ -160,7 +166,7 @@ def test_the_file_used_longest_ago_goes_first(tmp_path):
     assert names == {content(number)[0] for number in (1, 3, 4)} and cache.bytes() == 3000
 
 
-def test_a_mapped_file_stays(tmp_path, monkeypatch):
+def test_an_open_file_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module, "_PATIENCE", 0.2)
     cache = FileCache(tmp_path, 2500)
     held = [get(cache, 1), get(cache, 2)]
@@ -168,9 +174,9 @@ def test_a_mapped_file_stays(tmp_path, monkeypatch):
         get(cache, 3)
     held.pop()
     get(cache, 3)
-    assert held[0].tobytes() == content(1)[1]
+    assert whole(held[0]) == content(1)[1]
     with pytest.raises(CacheError, match="no room for a file of 9000 bytes"):
-        cache.map(content(9, 9000)[0], 9000, lambda target: None)
+        cache.open(content(9, 9000)[0], 9000, lambda target: None)
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
