@@ -1,7 +1,7 @@
 """Open and seek in a very large corpus: a generated data set of 200 M documents and 150 B tokens, its tars holes in sparse files.
 
-Prints one JSON line: seconds to generate, to open the data set and the stream, milliseconds for sequences at random positions of the whole
-corpus (cold: other shards every time), and the memory of one process and of several that share a host (proportional share of mapped pages).
+Prints one JSON line: seconds to generate, to open the data set and the stream, milliseconds for sequences at random positions of
+the whole corpus (cold: other shards every time), and the memory of one process and of several that share a host.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def generate(folder: Path, documents: int, tokens: int) -> int:
         with open(folder / tar, "wb") as file:
             file.truncate(size)
         entry = {"file": tar, "sha256": hashlib.sha256(tar.encode()).hexdigest(), "bytes": size, "documents": count}
-        entries.append({**entry, "tokens": int(starts[-1]), "index": idx, "index_sha256": hashlib.sha256(index).hexdigest(), "index_bytes": len(index)})
+        entry |= {"tokens": int(starts[-1]), "index": idx, "index_bytes": len(index)}
+        entries.append({**entry, "index_sha256": hashlib.sha256(index).hexdigest()})
     (folder / "tokenizer.model").write_bytes(b"not read")
     digest = hashlib.sha256(b"not read").hexdigest()
     special = {"unk_id": 0, "bos_id": 1, "eos_id": 2}

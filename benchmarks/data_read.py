@@ -30,7 +30,7 @@ EPILOG = """example:
 
 
 def ours(packing: str) -> Callable[[Path, int], Rows]:
-    """Rows as ``SequenceStream`` gives them: ids and which of them may be targets."""
+    """Rows as ``Mixture.load`` takes them from the stream: ids as stored, and which of them may be targets."""
 
     def read(data: Path, length: int) -> Rows:
         import numpy as np
@@ -41,7 +41,7 @@ def ours(packing: str) -> Callable[[Path, int], Rows]:
 
         stream = open_stream(ShardedDataset(data), length, 1, packing, SHUFFLE_TOKENS)
         for index in range(stream.per_epoch):
-            ids, mask = np.empty(length + 1, np.int64), np.empty(length + 1, bool)
+            ids, mask = np.empty(length + 1, stream.dataset.dtype), np.empty(length + 1, bool)
             stream.read_into(index, ids, mask)
             yield ids
 

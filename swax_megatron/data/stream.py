@@ -108,13 +108,7 @@ class SequenceStream:
         epoch, within = divmod(int(index), self.per_epoch)
         if not self.dataset.has_mask:
             mask[:] = True
-        filled = self._read(epoch, self._place(epoch, within) * self._row_units, ids, mask)
-        if int(ids.max()) >= self.dataset.vocab_size:
-            raise ValueError(
-                f"data set {self.dataset.path} is damaged: it holds the id {int(ids.max())}, "
-                f"and its vocabulary has {self.dataset.vocab_size}; find the file with data_prep/verify.py and copy the data set again"
-            )
-        return filled
+        return self._read(epoch, self._place(epoch, within) * self._row_units, ids, mask)
 
     def _place(self, epoch: int, within: int) -> int:
         """Where in the epoch's line sequence ``within`` lies; evaluated for many sequences at once and kept."""
@@ -230,6 +224,11 @@ def copy_pieces(
         if mask_at is not None:
             tar.read_into(mask_at[k] + low - begin, flags[low - start : high - start])
         begin = end
+    if int(stored.max()) >= dataset.vocab_size:
+        raise ValueError(
+            f"data set {dataset.path} is damaged: it holds the id {int(stored.max())}, "
+            f"and its vocabulary has {dataset.vocab_size}; find the file with data_prep/verify.py and copy the data set again"
+        )
     if stored is not ids:
         ids[:] = stored
     if flags is not None:
