@@ -157,7 +157,14 @@ class CheckpointConfig:
     """Saving and resuming."""
 
     interval: int = _f(500, "steps between checkpoints (also after the last step); 0: never")
-    keep_last: int = _f(2, "complete checkpoints that are kept; 0: all")
+    asynchronous: bool = _f(
+        True, "train on while a thread writes; takes as much host memory as this rank's master weights and moments; false: wait"
+    )
+    keep_last: int = _f(2, "newest complete checkpoints that are kept; 0: all")
+    keep_every: int = _f(0, "checkpoints of every N-th step are kept for ever (N a multiple of interval); 0: none")
+    remote: str | None = _f(
+        None, "URL of a second home, e.g. s3://bucket/run (any that fsspec reaches): copied there, fetched from there where it is newer"
+    )
     resume: Literal["auto", "never"] = _f("auto", "auto: continue from the newest complete checkpoint of the run directory")
     allow_change: list[str] = _f(
         [], "fields outside model that may differ from the checkpoint's although they alter the run, e.g. train.steps"

@@ -70,6 +70,8 @@ class Trainer:
         self.backend.zero_grad()
         totals = run_microbatches(Pass(self.config, self.groups, self.backend.chunks, windows), batches, backward=True)
         rate = learning_rate(self.config, step, self.state.tokens_seen)
+        for callback in self.callbacks:
+            callback.before_update(self)
         grad_norm = self.backend.step(rate)
         if not torch.isfinite(torch.tensor([totals.loss, grad_norm])).all():
             raise RunError(

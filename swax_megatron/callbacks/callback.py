@@ -15,6 +15,9 @@ class Callback:
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step of this process."""
 
+    def before_update(self, trainer: Trainer) -> None:
+        """After the backward passes of a step, before its update changes any weight."""
+
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """After every update; ``trainer.state.step`` is already one more than ``result.step``."""
 

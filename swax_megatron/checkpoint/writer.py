@@ -1,7 +1,8 @@
 """Save: every rank writes its own fragments, rank 0 checks that they tile every tensor and publishes the folder.
 
-Three meetings of the ranks: rank 0 names the temporary folder; the chunk tables (or an error) go to rank 0; rank 0
-tells the outcome. A rank that fails reports instead of leaving, so that all raise and none waits.
+Three meetings of the ranks, over a process group or, in the background, over files: rank 0 names the temporary folder;
+the chunk tables (or an error) go to rank 0; rank 0 tells the outcome. A rank that fails reports instead of leaving, so
+that all raise and none waits.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from swax_megatron.checkpoint.boxes import Box, tiling_error
 from swax_megatron.checkpoint.folder import COMPLETE, MANIFEST, fsync_folder, publish, write_file
+from swax_megatron.checkpoint.mail import Mail
 from swax_megatron.checkpoint.ranks import Ranks
-from swax_megatron.checkpoint.tensorfile import dtype_name, write_tensors
+from swax_megatron.checkpoint.tensorfile import dtype_name, sha256_on_disk, write_tensors
 from swax_megatron.errors import RunError
 
 FORMAT_VERSION = 1
@@ -83,7 +85,21 @@ def save(
     and for config or state that is no JSON; RunError, naming the rank, for anything else that fails (a full disk).
     A complete ``step_N`` is replaced; an incomplete or foreign one is moved aside.
     """
-    ranks = Ranks.of(group)
+    return save_among(Ranks.of(group), root, step, fragments, config=config, state=state, rank_state=rank_state)
+
+
+def save_among(
+    ranks: Ranks | Mail,
+    root: str | Path,
+    step: int,
+    fragments: Iterable[Fragment],
+    *,
+    config: dict[str, Any],
+    state: dict[str, Any],
+    rank_state: dict[str, Tensor] | None = None,
+    read_back: bool = False,
+) -> Path:
+    """``save`` among ranks that meet in any way. ``read_back``: hash every file again as the disk holds it."""
     root = Path(root)
     error: Exception | None = None
     opening: dict[str, Any] = {}
@@ -98,6 +114,8 @@ def save(
 
     try:
         report = _write_rank(temporary, ranks.rank, list(fragments), rank_state)
+        if read_back:
+            _compare_with_disk(temporary, report["files"])
     except Exception as caught:  # reported to all ranks
         error, report = caught, {"failure": _describe(ranks.rank, caught)}
     reports = ranks.gather(report)
@@ -151,6 +169,12 @@ def _write_rank(folder: Path, rank: int, fragments: list[Fragment], rank_state: 
         state_file = f"rank_{rank:05d}_state.safetensors"
         files[state_file] = write_tensors(folder / state_file, rank_state)
     return {"chunks": chunks, "files": files, "state": state_file}
+
+
+def _compare_with_disk(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    for name, entry in files.items():
+        if sha256_on_disk(folder / name) != entry["sha256"]:
+            raise RunError(f"{folder / name} does not read back as it was written: check the disk")
 
 
 def _finish(

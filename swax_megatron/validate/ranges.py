@@ -16,7 +16,7 @@ AT_LEAST_ONE = (
 NOT_NEGATIVE = (
     "window.check_interval optimizer.min_learning_rate optimizer.warmup optimizer.weight_decay optimizer.clip_grad "
     "optimizer.z_loss train.steps train.threads validation.interval "
-    "checkpoint.interval checkpoint.keep_last"
+    "checkpoint.interval checkpoint.keep_last checkpoint.keep_every"
 ).split()
 POSITIVE = (
     "model.rope_base model.gate_cap model.norm_eps model.logit_cap model.init_std optimizer.learning_rate optimizer.eps "

@@ -29,6 +29,14 @@ def check_optimizer(config: Config) -> None:
 
 
 def check_checkpoint(config: Config) -> None:
+    checkpoint = config.checkpoint
+    if checkpoint.keep_every and (not checkpoint.interval or checkpoint.keep_every % checkpoint.interval):
+        raise ValueError(
+            f"checkpoint.keep_every={checkpoint.keep_every}: must be a multiple of checkpoint.interval={checkpoint.interval}, "
+            "or no checkpoint falls on its steps"
+        )
+    if checkpoint.remote is not None and "://" not in checkpoint.remote:
+        raise ValueError(f"checkpoint.remote={checkpoint.remote!r}: give a URL, e.g. s3://bucket/run or file:///mnt/archive/run")
     known = set(field_paths())
     for name in config.checkpoint.allow_change:
         if name.startswith("model."):
