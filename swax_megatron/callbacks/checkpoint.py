@@ -55,7 +55,9 @@ class Checkpoints(Callback):
             if groups.rank == 0:
                 _log.info("resume: %s", change)
         data = trainer.data.state_from_json(checkpoint.state["data"], allow_new="data.train" in config.checkpoint.allow_change)
-        checkpoint.verify(group=groups.cpu)
+        foreign = checkpoint.verify(group=groups.cpu)
+        if foreign and groups.rank == 0:
+            _log.warning("%s holds files that no save of ours wrote and that are not read: %s", found, ", ".join(foreign))
         checkpoint.read_into(trainer.backend.fragments(saving=False))
         trainer.backend.loaded(checkpoint.step)
         trainer.state = TrainState(checkpoint.step, checkpoint.state["tokens_seen"], data)

@@ -7,7 +7,6 @@ read back and hashed before COMPLETE is written; what is downloaded is hashed be
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 import secrets
@@ -21,7 +20,7 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
 from swax_megatron.checkpoint.folder import COMPLETE, MANIFEST, doomed_steps, fsync_folder, publish, write_file
-from swax_megatron.checkpoint.reader import Checkpoint, open_checkpoint
+from swax_megatron.checkpoint.reader import Checkpoint, from_manifest, open_checkpoint
 from swax_megatron.checkpoint.tensorfile import BLOCK, DurableWriter
 from swax_megatron.errors import RunError
 
@@ -77,7 +76,7 @@ class Remote:
         text = self._manifest(step)
         if text is None:
             raise ValueError(f"{self._path(step)} holds no complete checkpoint")
-        return Checkpoint(Path(f"step_{step}"), json.loads(text))
+        return from_manifest(Path(f"step_{step}"), text)
 
     def upload(self, path: Path, ranks: Any) -> None:
         """Copy a complete local checkpoint. Collective: the ranks share its files. RunError on every rank where it fails."""

@@ -105,7 +105,7 @@ def save_among(
     opening: dict[str, Any] = {}
     if ranks.rank == 0:
         try:
-            opening["folder"] = _open_folder(root, step, config, state)
+            opening["folder"] = open_folder(root, step, config, state)
         except Exception as caught:  # reported to all ranks
             error, opening["failure"] = caught, _describe(0, caught)
     opening = ranks.broadcast(opening)
@@ -113,7 +113,7 @@ def save_among(
     temporary = root / opening["folder"]
 
     try:
-        report = _write_rank(temporary, ranks.rank, list(fragments), rank_state)
+        report = write_rank(temporary, ranks.rank, list(fragments), rank_state)
         if read_back:
             _compare_with_disk(temporary, report["files"])
     except Exception as caught:  # reported to all ranks
@@ -125,7 +125,7 @@ def save_among(
         try:
             failure = next((r["failure"] for r in reports if "failure" in r), None)
             if failure is None:
-                _finish(root, step, temporary, reports, config, state)
+                finish(root, step, temporary, reports, config, state)
         except Exception as caught:  # reported to all ranks
             error, failure = caught, _describe(0, caught)
     failure = ranks.broadcast(failure)
@@ -135,7 +135,7 @@ def save_among(
     return root / f"step_{step}"
 
 
-def _open_folder(root: Path, step: int, config: dict[str, Any], state: dict[str, Any]) -> str:
+def open_folder(root: Path, step: int, config: dict[str, Any], state: dict[str, Any]) -> str:
     if not isinstance(step, int) or step < 0:
         raise ValueError(f"step={step!r}: the number of updates done, 0 or more")
     for name, value in (("config", config), ("state", state)):
@@ -148,7 +148,7 @@ def _open_folder(root: Path, step: int, config: dict[str, Any], state: dict[str,
     return name
 
 
-def _write_rank(folder: Path, rank: int, fragments: list[Fragment], rank_state: dict[str, Tensor] | None) -> dict[str, Any]:
+def write_rank(folder: Path, rank: int, fragments: list[Fragment], rank_state: dict[str, Tensor] | None) -> dict[str, Any]:
     """Write this rank's files; returns {"chunks": [(key, shape, dtype, file, offsets, sizes)], "files": {...}, "state": name or None}."""
     file = f"rank_{rank:05d}.safetensors"
     tensors: dict[str, Tensor] = {}
@@ -177,7 +177,7 @@ def _compare_with_disk(folder: Path, files: dict[str, dict[str, Any]]) -> None:
             raise RunError(f"{folder / name} does not read back as it was written: check the disk")
 
 
-def _finish(
+def finish(
     root: Path, step: int, temporary: Path, reports: list[dict[str, Any]], config: dict[str, Any], state: dict[str, Any]
 ) -> None:
     """Rank 0: check, write manifest.json and COMPLETE, rename."""
