@@ -137,3 +137,48 @@ def test_pieces_equal_whole_rows(size: int, workers: Callable[[int], Workers]) -
         assert len(errors) == (len(DOCUMENTS) * (len(GATES) + 7) if rank < size else 0)
         for case, error in errors.items():
             assert error < 1e-11, f"rank {rank} of {size}, {case}: {error:.1e}"
+
+
+def bytes_sent(size: int, piece: int) -> dict[str, int]:
+    """What this rank sends in a forward and backward pass of each layer kind, batch of one row, fp32."""
+    from swax_megatron.kernels.mlstm.summary import mlstm_summary
+    from swax_megatron.parallel.context_exchange.halo import with_past
+    from swax_megatron.parallel.context_exchange.memory import incoming_memory
+
+    sent = {}
+    with ranks_of(size) as ranks:
+        for name, window in (("S", 9), ("F", piece * size)):
+            ranks.bytes_sent.clear()
+            k, v = (torch.ones(1, piece, 2, 4, requires_grad=True) for _ in range(2))
+            sum(x.sum() for x in with_past(k, v, window - 1, ranks)).backward()
+            sent[name] = ranks.bytes_sent.total()
+        ranks.bytes_sent.clear()
+        k, v, i, f = (torch.ones(1, piece, 3, *d, requires_grad=True) for d in ((4,), (6,), (), ()))
+        start = torch.tensor([-ranks.rank * piece])
+        memory = incoming_memory(mlstm_summary(k, v, i, f, start), start < 0, ranks)
+        (memory.c_bhkv.sum() + memory.n_bhk.sum()).backward()
+        sent["M"] = ranks.bytes_sent.total()
+    return sent
+
+
+def test_bytes_do_not_depend_on_the_length_of_the_row(workers: Callable[[int], Workers]) -> None:
+    """M and S layers send the same for rows of 44 and of 176 tokens, and no more than the page says; an F layer sends its piece."""
+    short, long = (workers(4).run(bytes_sent, 4, piece) for piece in (PIECE, 4 * PIECE))
+    halo, memory, stabilisers = 8 * 2 * 2 * 4 * 4, 3 * 4 * (6 + 1) * 4, 2 * 3 * 4
+    rounds = [2, 3, 3, 2]  # log2(4) forward for rank 0 and backward for rank 3; the inner ranks send in some rounds of both
+    for rank, (few, many) in enumerate(zip(short, long, strict=True)):
+        assert few["M"] == many["M"] and few["S"] == many["S"]
+        assert few["S"] == (halo if rank in (0, 3) else 2 * halo)
+        assert few["M"] == rounds[rank] * memory + 3 * stabilisers
+        assert many["F"] > 3.9 * few["F"] > 0
+
+
+def test_groups_are_neighbouring_data_parallel_ranks() -> None:
+    """Every rank is in one group; groups run along Megatron's data-parallel order (tensor fastest, then data, then pipeline)."""
+    from swax_megatron.parallel.groups import context_layout
+
+    assert context_layout(16, 2, 2, 2) == [[0, 2], [1, 3], [4, 6], [5, 7], [8, 10], [9, 11], [12, 14], [13, 15]]
+    for world, tensor, pipeline, context in ((1024, 8, 4, 8), (96, 2, 3, 4), (6, 1, 1, 3)):
+        groups = context_layout(world, tensor, pipeline, context)
+        assert sorted(rank for group in groups for rank in group) == list(range(world))
+        assert all(len(group) == context and len({b - a for a, b in zip(group, group[1:], strict=False)}) == 1 for group in groups)
