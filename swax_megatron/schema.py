@@ -98,7 +98,7 @@ class ParallelConfig:
     pipeline: int = _f(1, "pipeline stages")
     virtual_pipeline: int | None = _f(None, "model chunks a stage (interleaved schedule); null: one")
     pipeline_layers: list[int] | None = _f(None, "layers of each stage where they are uneven; null: equal")
-    context: int = _f(1, "context-parallel degree")
+    context: int = _f(1, "ranks that share a row: each holds a piece; window halos and mLSTM memories travel between them")
 
 
 @dataclass

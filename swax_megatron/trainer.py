@@ -21,6 +21,7 @@ from swax_megatron.execution import Pass, run_microbatches
 from swax_megatron.model.window import WindowSchedule, check_agreement
 from swax_megatron.optim.backend import OptimizerBackend
 from swax_megatron.optim.schedules import learning_rate
+from swax_megatron.parallel.context import cut_rows
 from swax_megatron.parallel.groups import Groups
 from swax_megatron.schema import Config
 from swax_megatron.state import StepResult, TrainState
@@ -100,19 +101,19 @@ class Trainer:
         return StepResult(step, windows, seen, seconds, tokens, metrics)
 
     def load_microbatches(self, plan: list, data: Mixture | None = None) -> list[Batch]:
-        """This data-parallel rank's rows of a global batch, cut into microbatches on the device.
+        """This replica's rows of a global batch, cut into microbatches on the device; under context parallelism its piece of them.
 
-        Rows are dealt out contiguously. Every tensor- and pipeline-parallel rank reads the same rows itself: they are
-        a pure function of the plan, so nothing is broadcast and the middle stages know the document boundaries.
+        Rows are dealt out contiguously. Every tensor-, pipeline- and context-parallel rank reads the same rows itself: they
+        are a pure function of the plan, so nothing is broadcast and every rank knows all document boundaries.
         """
         size = self.config.train.micro_batch_size
-        rows = len(plan) // self.groups.data_size
-        mine = plan[self.groups.data_rank * rows : (self.groups.data_rank + 1) * rows]
+        rows = len(plan) // self.groups.replicas
+        mine = plan[self.groups.replica * rows : (self.groups.replica + 1) * rows]
         source = data or self.data
         return [self._pack(source.load(mine[start : start + size])) for start in range(0, rows, size)]
 
     def _pack(self, rows: SequenceBatch) -> Batch:
-        batch = pack(rows.ids_bt1, rows.mask_bt1, self.eos_id, self.config.model.document_boundary)
+        batch = cut_rows(pack(rows.ids_bt1, rows.mask_bt1, self.eos_id, self.config.model.document_boundary), self.groups.context)
         return Batch(**{item.name: getattr(batch, item.name).to(self.groups.device) for item in fields(batch)})
 
     def _check_windows(self, step: int, windows: tuple[int, ...]) -> None:

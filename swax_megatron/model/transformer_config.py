@@ -66,7 +66,7 @@ def transformer_config(config: Config, groups: Groups) -> SwaxTransformerConfig:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         pipeline_model_parallel_layout=stage_layout(config),
-        context_parallel_size=parallel.context,
+        context_parallel_size=1,  # Megatron's own stays off: the mixers exchange halos and memories themselves
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,

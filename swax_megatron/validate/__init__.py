@@ -13,7 +13,7 @@ from swax_megatron.model.pattern import parse_pattern
 from swax_megatron.schema import Config
 from swax_megatron.validate.data import check_data, validate_inputs
 from swax_megatron.validate.model import check_model, check_window
-from swax_megatron.validate.parallel import check_pipeline, check_tensor_parallel, check_world, model_parallel_size
+from swax_megatron.validate.parallel import check_pipeline, check_row_pieces, check_tensor_parallel, check_world, model_parallel_size
 from swax_megatron.validate.ranges import check_ranges
 from swax_megatron.validate.training import check_checkpoint, check_kernels, check_optimizer
 
@@ -33,6 +33,7 @@ def validate(config: Config, world_size: int | None = None, cuda: bool | None = 
     check_window(config)
     check_data(config)
     check_tensor_parallel(config, kinds)
+    check_row_pieces(config)
     check_pipeline(config, len(kinds))
     check_world(config, world_size)
     check_optimizer(config)

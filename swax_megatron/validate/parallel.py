@@ -31,14 +31,25 @@ def check_tensor_parallel(config: Config, kinds: str) -> None:
             f"parallel.tensor={tensor}: must divide the vocabulary padded to a multiple of {VOCABULARY_MULTIPLE}, "
             f"{padded} for model.vocab_size={model.vocab_size}; use a power of two"
         )
-    if config.parallel.sequence:
-        _divides(tensor, "data.sequence_length", config.data.sequence_length, "; or parallel.sequence=false")
 
 
-def _divides(tensor: int, path: str, value: int, otherwise: str = "") -> None:
+def _divides(tensor: int, path: str, value: int) -> None:
     if value % tensor:
         multiple = -(-value // tensor) * tensor
-        raise ValueError(f"{path}={value}: must be divisible by parallel.tensor={tensor}, e.g. {path}={multiple}{otherwise}")
+        raise ValueError(f"{path}={value}: must be divisible by parallel.tensor={tensor}, e.g. {path}={multiple}")
+
+
+def check_row_pieces(config: Config) -> None:
+    """Rows are cut into equal pieces over context-parallel ranks, and those over tensor-parallel ranks between the mixers."""
+    parallel, length = config.parallel, config.data.sequence_length
+    pieces, otherwise = parallel.context, ""
+    named = f"parallel.context={parallel.context}" if parallel.context > 1 else ""
+    if parallel.sequence:
+        pieces, otherwise = parallel.context * parallel.tensor, "; or parallel.sequence=false"
+        named = " x ".join(part for part in (named, f"parallel.tensor={parallel.tensor}") if part)
+    if length % pieces:
+        multiple = -(-length // pieces) * pieces
+        raise ValueError(f"data.sequence_length={length}: must be divisible by {named}, e.g. data.sequence_length={multiple}{otherwise}")
 
 
 def check_pipeline(config: Config, layers: int) -> None:
@@ -70,11 +81,6 @@ def check_pipeline(config: Config, layers: int) -> None:
 
 def check_world(config: Config, world_size: int | None) -> None:
     parallel, train = config.parallel, config.train
-    if parallel.context > 1:
-        raise ValueError(
-            f"parallel.context={parallel.context}: context parallelism needs an exchange of window halos and mLSTM states between ranks, "
-            "which is not built yet, and Megatron's own would be silently wrong here; use parallel.context=1"
-        )
     if train.global_batch_size % train.micro_batch_size:
         raise ValueError(
             f"train.global_batch_size={train.global_batch_size}: must be a multiple of train.micro_batch_size={train.micro_batch_size}"

@@ -62,6 +62,8 @@ def test_valid_configurations_pass() -> None:
     validate(config(), 8)
     validate(config(parallel={"tensor": 4, "pipeline": 2}), 8)
     validate(config(parallel={"pipeline": 2, "virtual_pipeline": 2}), 2)
+    validate(config(parallel={"context": 4, "tensor": 2, "pipeline": 2}), 32)
+    validate(config(parallel={"context": 128, "tensor": 4, "sequence": False}))
     validate(config(parallel={"pipeline": 3, "pipeline_layers": [3, 3, 2]}), 3)
     validate(config(window__per_layer=True, window__schedule="stochastic"))
     validate(config(window={"windows": [256], "schedule": "fixed", "anneal_fraction": 0.0}))
@@ -145,7 +147,13 @@ REFUSALS: list[tuple[dict[str, Any], int | None, list[str]]] = [
     ({"parallel": {"pipeline": 2, "pipeline_layers": [8]}}, None, ["parallel.pipeline_layers=[8]", "parallel.pipeline=2"]),
     ({"parallel": {"pipeline": 2, "pipeline_layers": [8, 0]}}, None, ["parallel.pipeline_layers=[8, 0]", "at least one layer"]),
     ({"parallel": {"pipeline": 2, "pipeline_layers": [4, 3]}}, None, ["parallel.pipeline_layers=[4, 3]", "sums to 7", "8 layers"]),
-    ({"parallel": {"context": 2}}, None, ["parallel.context=2", "not built yet", "parallel.context=1"]),
+    ({"parallel": {"context": 3}}, None, ["data.sequence_length=256", "parallel.context=3", "data.sequence_length=258"]),
+    (
+        {"parallel": {"context": 128, "tensor": 4}},
+        None,
+        ["data.sequence_length=256", "parallel.context=128 x parallel.tensor=4", "data.sequence_length=512", "parallel.sequence=false"],
+    ),
+    ({"parallel": {"context": 4}}, 6, ["6 processes", "parallel.context=4", "start 4"]),
     ({"train__micro_batch_size": 3}, None, ["train.global_batch_size=8", "train.micro_batch_size=3"]),
     ({"parallel": {"tensor": 2, "pipeline": 2}}, 6, ["6 processes", "parallel.tensor=2", "parallel.pipeline=2", "start 4"]),
     ({"parallel": {"tensor": 2}}, 1, ["1 processes", "parallel.tensor=2", "start 2"]),
