@@ -97,7 +97,8 @@ class ZeroBackend:
                 if getattr(parameter, "shared", False):
                     parameter.ds_pipe_replicated = True  # a tied copy must not count twice in the gradient norm
         self._parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
-        self._zero = self._build(torch.optim.AdamW(decay_groups(chunks, config), **adamw_arguments(config)))
+        fused = True if config.optimizer.offload else None  # one pass over the host's memory; None: torch chooses
+        self._zero = self._build(torch.optim.AdamW(decay_groups(chunks, config), fused=fused, **adamw_arguments(config)))
         for flat in self._flat_masters():  # AdamW would create its state in the first update only
             self._zero.optimizer.state[flat].update(
                 step=step_tensor(0), exp_avg=torch.zeros_like(flat.data), exp_avg_sq=torch.zeros_like(flat.data)
