@@ -33,7 +33,7 @@ test: $(environment) ## the tests (minutes)
 	$(python) -m pytest -n $(workers) $(usual) tests/unit
 	$(python) -m pytest $(usual) tests/parallel tests/resume
 
-test-matrix: $(environment) ## every parallel layout against one process
+test-matrix: $(environment) ## a cover of all supported parallel layouts against one process (eight processes at most)
 	$(python) -m pytest -m matrix
 
 test-soak: $(environment) ## long runs with faults

@@ -97,7 +97,10 @@ class ParallelConfig:
     sequence: bool = _f(True, "split norms and residuals along the sequence over the tensor-parallel ranks (only where tensor > 1)")
     pipeline: int = _f(1, "pipeline stages")
     virtual_pipeline: int | None = _f(None, "model chunks a stage (interleaved schedule); null: one")
-    pipeline_layers: list[int] | None = _f(None, "layers of each stage where they are uneven; null: equal")
+    pipeline_layers: list[int] | None = _f(
+        None,
+        "layers of each stage (of each chunk, with virtual_pipeline, in the model's order); null: balanced by operations, head included",
+    )
     context: int = _f(1, "ranks that share a row: each holds a piece; window halos and mLSTM memories travel between them")
 
 
@@ -106,7 +109,14 @@ class OptimizerConfig:
     """AdamW and its schedule."""
 
     backend: Literal["zero", "megatron"] = _f("zero", "zero: DeepSpeed ZeRO; megatron: Megatron-core's distributed optimizer")
-    zero_stage: int = _f(1, "DeepSpeed ZeRO stage")
+    zero_stage: int = _f(
+        1, "what DeepSpeed partitions over data-parallel ranks: 0 nothing; 1 optimizer state; 2 and gradients; 3 and weights"
+    )
+    overlap_gradients: bool = _f(False, "reduce gradients while backward still computes")
+    overlap_parameters: bool = _f(
+        False, "backend megatron: gather updated weights while the next forward computes (ZeRO stage 3 gathers ahead in any case)"
+    )
+    offload: bool = _f(False, "backend zero: keep masters and moments, and update them, in host memory")
     learning_rate: float = _f(6e-4, "peak learning rate")
     min_learning_rate: float = _f(0.0, "learning rate at the end")
     schedule: Literal["cosine", "wsd"] = _f(
@@ -135,6 +145,7 @@ class TrainConfig:
     recompute: Literal["none", "selective", "full"] = _f(
         "none", "activations recomputed in backward: none; selective, the mixers' cores; full, whole layers"
     )
+    loss_chunk: int = _f(1024, "tokens whose logits exist at a time, in forward and again in backward; 0: all of a micro-batch")
     model_seed: int = _f(1, "seed of the initial weights")
     data_seed: int = _f(1, "seed of the data order")
     window_seed: int = _f(1, "seed of the window draws")

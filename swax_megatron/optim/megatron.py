@@ -21,14 +21,22 @@ class MegatronBackend:
     def __init__(self, config: Config, chunks: list[nn.Module], groups: Groups) -> None:
         self._inner, self._groups = chunks, groups
         self._weight_decay = config.optimizer.weight_decay
+        overlap = config.optimizer.overlap_gradients
         ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=True, average_in_collective=False
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=config.optimizer.overlap_parameters,
+            use_distributed_optimizer=True,
+            average_in_collective=False,
         )
         self.chunks = [
             DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(chunks)
         ]
         for chunk in chunks:
             chunk.config.finalize_model_grads_func = finalize_model_grads
+            # the schedule leaves this context for the last microbatch, whose backward then reduces bucket by bucket
+            no_sync = [wrapped.no_sync for wrapped in self.chunks]
+            chunk.config.no_sync_func = (no_sync if len(no_sync) > 1 else no_sync[0]) if overlap else None
         settings = OptimizerConfig(
             optimizer="adam",
             lr=config.optimizer.learning_rate,
@@ -41,6 +49,7 @@ class MegatronBackend:
             bf16=config.train.precision == "bf16",
             params_dtype=chunks[0].config.params_dtype,
             use_distributed_optimizer=True,
+            overlap_param_gather=config.optimizer.overlap_parameters,
         )
         undecayed = ParamKey(predicate=ParamPredicate(name="undecayed", fn=lambda parameter: not parameter.decay))
         with cuda_type_names():

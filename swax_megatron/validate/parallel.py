@@ -59,20 +59,22 @@ def check_pipeline(config: Config, layers: int) -> None:
         raise ValueError(
             f"parallel.virtual_pipeline={chunks}: chunks interleave over several stages; leave it out with parallel.pipeline=1"
         )
+    parts = stages * chunks
     if parallel.pipeline_layers is None:
-        if layers % (stages * chunks):
+        if layers < parts:
             raise ValueError(
-                f"parallel.pipeline={stages}: {layers} layers (model.pattern={config.model.pattern}) cannot be divided over {stages} "
-                f"stages x {chunks} chunks; change one of them or give every stage's layers in parallel.pipeline_layers"
+                f"parallel.pipeline={stages}: {layers} layers (model.pattern={config.model.pattern}) are fewer than {stages} stages x "
+                f"{chunks} chunks, and each needs one; use fewer stages or chunks"
             )
         return
     counts = parallel.pipeline_layers
-    if chunks > 1:
-        raise ValueError(f"parallel.pipeline_layers={counts}: cannot be combined with parallel.virtual_pipeline={chunks}; drop one of them")
-    if len(counts) != stages:
-        raise ValueError(f"parallel.pipeline_layers={counts}: needs {stages} numbers, one for each of parallel.pipeline={stages} stages")
+    if len(counts) != parts:
+        raise ValueError(
+            f"parallel.pipeline_layers={counts}: needs {parts} numbers, one for each of parallel.pipeline={stages} stages"
+            + (f" x parallel.virtual_pipeline={chunks} chunks" if chunks > 1 else "")
+        )
     if min(counts) < 1:
-        raise ValueError(f"parallel.pipeline_layers={counts}: every stage needs at least one layer")
+        raise ValueError(f"parallel.pipeline_layers={counts}: every stage and chunk needs at least one layer")
     if sum(counts) != layers:
         raise ValueError(
             f"parallel.pipeline_layers={counts}: sums to {sum(counts)}; model.pattern={config.model.pattern} has {layers} layers"

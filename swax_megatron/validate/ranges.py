@@ -15,7 +15,7 @@ AT_LEAST_ONE = (
 ).split()
 NOT_NEGATIVE = (
     "window.check_interval optimizer.min_learning_rate optimizer.warmup optimizer.weight_decay optimizer.clip_grad "
-    "optimizer.z_loss train.steps train.threads validation.interval "
+    "optimizer.z_loss train.loss_chunk train.steps train.threads validation.interval "
     "checkpoint.interval checkpoint.keep_last checkpoint.keep_every"
 ).split()
 POSITIVE = (

@@ -35,6 +35,16 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "DP2 ZeRO-1": {},
     "DP2, Megatron's optimizer": MEGATRON,
     "DP2 ZeRO-1, recompute full": {"train": {"recompute": "full"}},
+    "DP2 ZeRO-0": {"optimizer": {"zero_stage": 0}},
+    "DP2 ZeRO-1, reduced under way": {"optimizer": {"overlap_gradients": True}},
+    "DP2 ZeRO-2, reduced under way": {"optimizer": {"zero_stage": 2, "overlap_gradients": True}},
+    "DP2 ZeRO-3, reduced under way": {"optimizer": {"zero_stage": 3, "overlap_gradients": True}},
+    "DP2 ZeRO-1, offloaded": {"optimizer": {"offload": True}},
+    "DP2 ZeRO-2, offloaded": {"optimizer": {"zero_stage": 2, "offload": True}},
+    "DP2 ZeRO-3, offloaded": {"optimizer": {"zero_stage": 3, "offload": True}},
+    "DP2, Megatron's optimizer, overlapped": {
+        "optimizer": {"backend": "megatron", "overlap_gradients": True, "overlap_parameters": True}
+    },
 }
 
 

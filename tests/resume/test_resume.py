@@ -67,6 +67,12 @@ SAME_LAYOUT: dict[str, dict[str, Any]] = {
     "TP2 SP ZeRO-1 bf16": {"parallel": {"tensor": 2}, **BF16},
     "PP2 Megatron's optimizer": {"parallel": {"pipeline": 2}, **MEGATRON},
     "CP2 ZeRO-1": {"parallel": {"context": 2}},
+    "DP2 ZeRO-0 bf16": {"optimizer": {"zero_stage": 0}, **BF16},
+    "DP2 ZeRO-2 bf16": {"optimizer": {"zero_stage": 2}, **BF16},
+    "DP2 ZeRO-3 bf16": {"optimizer": {"zero_stage": 3}, **BF16},
+    "DP2 Megatron's optimizer, weights gathered late": {
+        "optimizer": {**MEGATRON["optimizer"], "overlap_gradients": True, "overlap_parameters": True}
+    },
 }
 
 
@@ -105,6 +111,7 @@ def test_resume_at_other_layouts_reads_the_same_data(corpus: Path, tmp_path: Pat
         (2, {"parallel": {"pipeline": 2}}),
         (2, {"optimizer": {"backend": "megatron"}}),
         (2, {"parallel": {"context": 2}}),
+        (2, {"optimizer": {"zero_stage": 3}}),
         (1, {}),
         (1, {"train": {"micro_batch_size": 4}}),
     ]
