@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from swax_megatron.callbacks.callback import Callback
-from swax_megatron.data.mixture import Mixture, SequenceBatch
+from swax_megatron.data.mixture import Mixture, SequenceBatch, replica_rows
 from swax_megatron.data.packing import Batch, pack
 from swax_megatron.errors import RunError
 from swax_megatron.execution import Pass, run_microbatches
@@ -107,10 +107,9 @@ class Trainer:
         are a pure function of the plan, so nothing is broadcast and every rank knows all document boundaries.
         """
         size = self.config.train.micro_batch_size
-        rows = len(plan) // self.groups.replicas
-        mine = plan[self.groups.replica * rows : (self.groups.replica + 1) * rows]
+        mine = replica_rows(plan, self.groups.replica, self.groups.replicas)
         source = data or self.data
-        return [self._pack(source.load(mine[start : start + size])) for start in range(0, rows, size)]
+        return [self._pack(source.load(mine[start : start + size])) for start in range(0, len(mine), size)]
 
     def _pack(self, rows: SequenceBatch) -> Batch:
         batch = cut_rows(pack(rows.ids_bt1, rows.mask_bt1, self.eos_id, self.config.model.document_boundary), self.groups.context)

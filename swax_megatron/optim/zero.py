@@ -233,7 +233,7 @@ class _ByMicrobatch(ZeroBackend):
 
     def __init__(self, config: Config, chunks: list[nn.Module], groups: Groups) -> None:
         super().__init__(config, chunks, groups)
-        self._microbatches = config.train.global_batch_size // (config.train.micro_batch_size * groups.data_size)
+        self._microbatches = config.train.global_batch_size // (config.train.micro_batch_size * groups.replicas)
         self._begun = 0
         (chunk,) = chunks
         chunk.register_forward_pre_hook(self._before_forward)

@@ -120,6 +120,16 @@ def context_layout(world_size: int, tensor: int, pipeline: int, context: int) ->
     return [[start + piece * tensor + lane for piece in range(context)] for start in starts for lane in range(tensor)]
 
 
+def rank_layout(world_size: int, tensor: int, pipeline: int, context: int) -> dict[str, list[list[int]]]:
+    """The ranks of every group that ``initialize`` would build, by kind, from Megatron's own generator; no process is needed."""
+    generator = parallel_state.RankGenerator(
+        tp=tensor, ep=1, dp=world_size // (tensor * pipeline), pp=pipeline, cp=1, order="tp-cp-ep-dp-pp"
+    )
+    names = {"tensor": "tp", "pipeline": "pp", "data": "dp", "model": "tp-pp"}
+    found = {name: generator.get_ranks(token) for name, token in names.items()}
+    return found | {"context": context_layout(world_size, tensor, pipeline, context)}
+
+
 def _context_ranks(config: Config, data: dist.ProcessGroup, timeout: timedelta) -> ContextRanks | None:
     parallel = config.parallel
     if parallel.context == 1:
