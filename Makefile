@@ -37,7 +37,7 @@ test-matrix: $(environment) ## a cover of all supported parallel layouts against
 	$(python) -m pytest -m matrix
 
 test-soak: $(environment) ## long runs with faults
-	$(python) -m pytest -m soak
+	SWAX_TEST_TASK_SECONDS=1800 $(python) -m pytest -m soak
 
 lint: $(environment) ## ruff
 	$(python) -m ruff check .

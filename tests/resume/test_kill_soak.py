@@ -26,8 +26,8 @@ from tests.workers import free_port
 
 RANKS = 2
 DEADLINE = 240.0  # seconds for a start to reach the moment at which it is to die
-# 6 M parameters, 75 MB a checkpoint: a save is long enough to be hit in its middle
-MODEL = {"hidden_size": 64, "ffn_hidden_size": 4096}
+# 3 M parameters, 38 MB a checkpoint: a save is long enough to be hit in its middle
+MODEL = {"hidden_size": 64, "ffn_hidden_size": 2048}
 
 
 @dataclass
@@ -90,7 +90,7 @@ def kill(processes: list[subprocess.Popen], first: str, draw: random.Random) -> 
 
 def chain(corpus: Path, folder: Path, kills: int, seed: int, workers: Any) -> list[Death]:
     draw = random.Random(seed)
-    steps = 4 * kills + 4
+    steps = 3 * kills + 6
     run_dir, root = folder / "run", folder / "run" / "checkpoints"
     raw = runs.small_config(corpus, run_dir, model=MODEL, train={"steps": steps}, checkpoint={"interval": 1, "keep_last": 2})
     alone = {**raw, "run_dir": str(folder / "whole"), "checkpoint": {"interval": 0}}
