@@ -17,8 +17,8 @@ from tests.parallel.test_parity import compare
 
 def elements(tensors: Iterable[torch.Tensor | None]) -> int:
     """Elements of the storages behind some tensors, each counted once."""
-    held = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() // each.element_size() for each in tensors if each is not None}
-    return sum(held.values())
+    storages = ((each.untyped_storage(), each.element_size()) for each in tensors if each is not None)
+    return sum({storage.data_ptr(): storage.nbytes() // size for storage, size in storages}.values())
 
 
 def kept(raw: dict[str, Any]) -> dict[str, int]:
