@@ -12,6 +12,7 @@ import torch
 
 from tests import runs
 from tests.parallel.conftest import END
+from tests.parallel.matrix import OPTIMIZER
 from tests.parallel.test_parity import compare
 
 
@@ -62,6 +63,30 @@ def test_what_a_rank_keeps(stage: int, corpus: Path, tmp_path: Path, workers: An
         for what, first in (("masters", 1), ("gradients", 2), ("weights", 3)):
             share = 0.5 if stage >= first else 1.0
             assert found[what] == pytest.approx(share * found["whole"], rel=0.1), (what, found)
+
+
+def step_after_one_given_up(raw: dict[str, Any], give_up: bool) -> dict[str, float]:
+    """The first step's metrics; give_up: after another pass over the batch whose gradients nobody used."""
+    from swax_megatron.build import build_trainer
+    from swax_megatron.execution import Pass, run_microbatches
+
+    with runs.layout(raw) as (config, groups):
+        trainer, _ = build_trainer(config, groups)
+        if give_up:
+            trainer.backend.zero_grad()
+            plan, _ = trainer.data.plan(trainer.state.data, config.train.global_batch_size)
+            batches = trainer.load_microbatches(plan)
+            run_microbatches(Pass(config, groups, trainer.backend.chunks, trainer.windows.layers(0)), batches, backward=True)
+        metrics = trainer.train_step().metrics
+        return {name: metrics[name] for name in ("loss/train", "optim/grad_norm")}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("optimizer", ["zero0", "zero1", "zero1-overlap", "zero2", "zero3", "megatron-overlap-both"])
+def test_nothing_stays_of_a_step_given_up(optimizer: str, precision: str, corpus: Path, tmp_path: Path, workers: Any) -> None:
+    raw = runs.small_config(corpus, tmp_path, optimizer=OPTIMIZER[optimizer], train={"precision": precision})
+    expected, found = (workers(2).run(step_after_one_given_up, raw, give_up)[0] for give_up in (False, True))
+    assert found == expected
 
 
 def train_as_on_a_gpu(raw: dict[str, Any]) -> dict[str, list[float]]:
