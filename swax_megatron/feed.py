@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from swax_megatron.batching import batch_rows
-from swax_megatron.data.mixture import Mixture, Plan, StreamState
+from swax_megatron.data.mixture import Mixture, Plan, StreamState, replica_rows
 from swax_megatron.data.packing import Batch, pack
 from swax_megatron.data.prefetch import Prefetcher
 from swax_megatron.errors import RunError
@@ -56,9 +56,8 @@ class Feed:
 
     def _pieces(self, plan: Plan) -> list[Plan]:
         """This rank's rows of a plan, a list for each microbatch."""
-        size, rows = self.config.train.micro_batch_size, len(plan) // self.groups.replicas
-        mine = plan[self.groups.replica * rows : (self.groups.replica + 1) * rows]
-        return [mine[start : start + size] for start in range(0, rows, size)]
+        size, mine = self.config.train.micro_batch_size, replica_rows(plan, self.groups.replica, self.groups.replicas)
+        return [mine[start : start + size] for start in range(0, len(mine), size)]
 
     def _load(self, piece: Plan) -> tuple[Batch, int]:
         """Runs in a background thread: read, pack, and pin, so that the copy to the GPU waits for nothing."""
