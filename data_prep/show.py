@@ -13,7 +13,6 @@ import numpy as np
 from data_prep import cli
 from data_prep.encoders import load_tokenizer
 from data_prep.verify import data_sets
-from swax_megatron.data.index import read_index
 from swax_megatron.data.shards import ShardedDataset
 from swax_megatron.data.statistics import unigram_entropy
 from swax_megatron.randomness import integer
@@ -61,7 +60,7 @@ def plot(datasets: Sequence[ShardedDataset], path: Path) -> None:
 
 def all_lengths(dataset: ShardedDataset) -> np.ndarray:
     """Tokens of every document in stored order: (D,) int64."""
-    return np.concatenate([read_index(index).lengths for _, index in dataset.files])
+    return np.concatenate([dataset.index(number).lengths for number in range(len(dataset.shards))])
 
 
 def describe(dataset: ShardedDataset, samples: int, characters: int, seed: int, entropy: bool) -> None:

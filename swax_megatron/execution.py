@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from swax_megatron.data.packing import Batch
-from swax_megatron.parallel.context import SequenceContext
+from swax_megatron.parallel.context import sequence_context
 from swax_megatron.parallel.groups import Groups
 from swax_megatron.parallel.schedule import pipeline_schedule
 from swax_megatron.schema import Config
@@ -28,11 +29,16 @@ class Pass:
 
 @dataclass(frozen=True)
 class Totals:
-    """Over the whole global batch, equal on every rank. loss: nats per unmasked target."""
+    """Over the whole global batch, equal on every rank but for ``busy``. loss: nats per unmasked target.
+
+    busy: seconds from the ranks' meeting at the start to where this rank was done with forward and backward. Ranks of one
+    copy of the model wait for each other in it, copies (data parallelism) do not.
+    """
 
     loss: float
     worst_rank_loss: float
     targets: float
+    busy: float = 0.0
 
 
 def run_microbatches(job: Pass, batches: Sequence[Batch], *, backward: bool) -> Totals:
@@ -40,18 +46,18 @@ def run_microbatches(job: Pass, batches: Sequence[Batch], *, backward: bool) -> 
 
     The loss is the sum over tokens divided by the number of unmasked targets of the **global** batch, never a mean of
     means: rows with few targets weigh little. The schedule divides by the number of microbatches and the optimizer
-    averages over data-parallel ranks; both are undone here.
+    averages over data- and context-parallel ranks; both are undone here.
     """
     groups, device = job.groups, job.groups.device
     mine = torch.stack([batch.loss_mask_bt.sum() for batch in batches]).sum()
     targets = mine.clone()
     dist.all_reduce(targets, group=groups.data)
+    started = time.perf_counter()
     scale = len(batches) * groups.data_size / targets.clamp(min=1.0)
 
     def forward_step(iterator: object, chunk: nn.Module) -> tuple[Tensor, Callable]:
         batch: Batch = next(iterator)
-        context = SequenceContext(windows=job.windows, cu_seqlens=batch.cu_seqlens, positions_bt=batch.positions_bt)
-        output = chunk(batch.inputs_bt, context, batch.targets_bt)
+        output = chunk(batch.inputs_bt, sequence_context(batch, job.windows, groups.context), batch.targets_bt)
 
         def loss_function(losses_lbt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             entropy = (losses_lbt[0] * batch.loss_mask_bt).sum()
@@ -65,11 +71,14 @@ def run_microbatches(job: Pass, batches: Sequence[Batch], *, backward: bool) -> 
         forward_step,
         batches,
         rows=job.config.train.micro_batch_size,
-        sequence_length=job.config.data.sequence_length,
+        sequence_length=job.config.data.sequence_length // groups.context_size,
         backward=backward,
     )
     summed = torch.stack([report["loss"] for report in reports]).sum() if reports else torch.zeros((), device=device)
-    return _reduce(summed, mine, targets, groups, on_last_stage=bool(reports))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # reading the loss below waits for the same work
+    busy = time.perf_counter() - started
+    return replace(_reduce(summed, mine, targets, groups, on_last_stage=bool(reports)), busy=busy)
 
 
 def _reduce(summed: Tensor, mine: Tensor, targets: Tensor, groups: Groups, *, on_last_stage: bool) -> Totals:
