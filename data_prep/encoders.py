@@ -148,7 +148,10 @@ def _difference(encoder: Encoder, reference: Encoder, texts: list[bytes]) -> str
     """A sentence about the first text that gives other ids, or None."""
     for text, got, want in zip(texts, _documents(*encoder.encode(texts)), _documents(*reference.encode(texts)), strict=True):
         if not np.array_equal(got, want):
-            return f"{encoder.name} gives other ids than sentencepiece for {text[:60]!r}: {got[:8].tolist()}, not {want[:8].tolist()}"
+            other = np.flatnonzero(got[: len(want)] != want[: len(got)])
+            at = int(other[0]) if len(other) else min(len(got), len(want))
+            ids = f"{got[at : at + 4].tolist()} from id {at} on, not {want[at : at + 4].tolist()}"
+            return f"{encoder.name} gives other ids than sentencepiece for {text[:60]!r}: {ids}"
     return None
 
 

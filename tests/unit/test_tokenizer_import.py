@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data_prep import tokenizer
+from data_prep import importing, tokenizer
 from data_prep.importing import import_tokenizer
 from swax_megatron.hf.tokenizer import HARD_STRINGS, export_tokenizer
 from tests.texts import ODD_TEXTS, small_tokenizer, texts, write_jsonl
@@ -65,7 +65,6 @@ def test_a_prefix_as_llama_s(exported, tmp_path):
         (lambda content: content["model"].update(byte_fallback=False), "it has no byte fallback"),
         (lambda content: content["model"].update(ignore_merges=True), "ignore_merges"),
         (lambda content: content.update(normalizer={"type": "NFKC"}), "its normaliser or pre-tokeniser does more"),
-        (lambda content: content["model"]["merges"].reverse(), "cannot be"),
         (lambda content: content["model"]["merges"].pop(), "no merge makes its piece"),
         (lambda content: content["added_tokens"][2].update(special=False), "is cut out of the text although it is not special"),
         (lambda content: content["model"].update(unk_token=None), "it has no unknown token"),
@@ -79,6 +78,12 @@ def test_what_cannot_be_exact_is_refused(exported, tmp_path, change, sentence, c
     error = capsys.readouterr().err
     assert error.startswith("error: --import ") and sentence in error
     assert not (tmp_path / "t.model").exists()
+
+
+def test_merges_of_a_piece_at_several_places_are_refused():
+    with pytest.raises(ValueError, match="the merges that make 'abc' stand at several places"):
+        importing._scores({"merges": [["a", "bc"], ["x", "y"], ["ab", "c"]]}, Path("tokenizer.json"))
+    assert importing._scores({"merges": ["a bc", "ab c", "x y"]}, Path("tokenizer.json")) == {"abc": 0.0, "xy": -1.0}
 
 
 def test_byte_level_bpe_is_refused(tmp_path):
