@@ -68,7 +68,7 @@ class Trainer:
         while self.state.step < self.config.train.steps and not self.stop.agree(self.groups.cpu):
             result = self.train_step()
             for callback in self.callbacks:
-                self.progress.enter(type(callback).__name__.lower(), result.step)
+                self.progress.enter("callbacks", result.step)
                 callback.after_step(self, result)
             self.progress.enter("agreement", result.step)
         self.progress.enter("end", self.state.step)

@@ -87,6 +87,7 @@ class Checkpoints(Callback):
         state, config = trainer.state, trainer.config
         if state.step == self.saved_step:
             return
+        trainer.progress.enter("checkpoint", state.step)
         started = time.perf_counter()
         save(
             self.root,

@@ -38,7 +38,7 @@ class Fault(Callback):
         chunks = trainer.backend.chunks
         chunks[0].register_forward_pre_hook(lambda *_: self._strike(trainer))
         if self.settings.fault == "spike":
-            chunks[-1].register_forward_hook(lambda _, __, output: 10.0 * output if self.active(trainer) else output)
+            chunks[-1].register_forward_hook(lambda _, __, output: 10.0 * output if self.strikes_now(trainer) else output)
         if self.settings.fault == "nan":
             parameter = next(p for chunk in chunks for p in chunk.parameters())
             parameter.register_hook(lambda gradient: gradient * float("nan") if self.active(trainer) else gradient)
@@ -57,10 +57,14 @@ class Fault(Callback):
         """Whether the step that runs is one of the fault's, for the first time (a rewind does a step's number again)."""
         step, settings = trainer.state.step, self.settings
         inside = settings.fault_step <= step < settings.fault_step + settings.fault_steps
-        return inside and torch.is_grad_enabled() and not (trainer.state.guard.rewinds and settings.fault in ("nan", "spike"))
+        return inside and not (trainer.state.guard.rewinds and settings.fault in ("nan", "spike"))
+
+    def strikes_now(self, trainer: Trainer) -> bool:
+        """Inside a forward pass of training: validation has no gradients."""
+        return torch.is_grad_enabled() and self.active(trainer)
 
     def _strike(self, trainer: Trainer) -> None:
-        if not self.active(trainer):
+        if not self.strikes_now(trainer):
             return
         kind, seconds = self.settings.fault, self.settings.fault_seconds
         if kind == "slow":

@@ -24,6 +24,7 @@ class Validation(Callback):
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         interval, done = trainer.config.validation.interval, trainer.state.step
         if interval and (done % interval == 0 or done == trainer.config.train.steps):
+            trainer.progress.enter("validation", result.step)
             result.metrics.update(self.losses(trainer))
 
     def losses(self, trainer: Trainer) -> dict[str, float]:

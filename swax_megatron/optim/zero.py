@@ -107,10 +107,10 @@ class ZeroBackend:
         self._reduce_over_model_parallel_ranks()
         self._zero.set_gradient_accumulation_boundary(True)
         self._zero.reduce_gradients(pipeline_parallel=True)
-        norm = self._zero.scaled_global_norm()
-        self._zero.scaled_global_norm = lambda norm_type=2: norm  # step() would compute it a second time
-        norm = float(norm)
-        return norm if norm >= 0.0 else float("nan")  # DeepSpeed masks a norm that is not finite as -1
+        known = self._zero.scaled_global_norm()
+        self._zero.scaled_global_norm = lambda norm_type=2: known  # step() would compute it a second time
+        norm = float(known)
+        return norm if norm >= 0.0 else float("nan")  # DeepSpeed may mask a norm that is not finite as -1
 
     def update(self, learning_rate: float) -> None:
         for group in self._zero.optimizer.param_groups:

@@ -14,7 +14,7 @@ from typing import Any
 PRODUCTIVE, DATA, CHECKPOINT, VALIDATION = "productive", "data wait", "checkpoint", "validation"
 RESTART, LOST, OTHER = "restart", "lost", "other"
 KINDS = (PRODUCTIVE, DATA, CHECKPOINT, VALIDATION, RESTART, LOST, OTHER)
-SECTIONS = {"compute": PRODUCTIVE, "update": PRODUCTIVE, "data": DATA, "checkpoints": CHECKPOINT, "validation": VALIDATION}
+SECTIONS = {"compute": PRODUCTIVE, "update": PRODUCTIVE, "data": DATA, "checkpoint": CHECKPOINT, "validation": VALIDATION}
 
 
 @dataclass

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 
 OVER = "over"  # section after training, finished or failed: nothing is watched any more
+TIMED = ("data", "compute", "update", "agreement", "validation", "checkpoint")  # sections that do the same work each time
 KEPT = 64  # durations of a class of section
 
 
@@ -40,7 +41,9 @@ class Progress:
     def limit(self, mark: Mark, factor: float, minimum: float, unknown: float) -> float:
         """Seconds after which a section is taken for hung: ``factor`` x the median of its kind, at least ``minimum``.
 
-        unknown: for a kind with fewer than three durations (start, first steps with a window, first validation)
+        unknown: for a kind with fewer than three durations (start, first steps with a window, first validation), and for
+            sections that do nothing most of the time (callbacks), whose usual tells nothing
         """
         known = list(self._durations.get(mark.kind, ()))
-        return max(minimum, factor * median(known)) if len(known) >= 3 else max(minimum, unknown)
+        usual = factor * median(known) if len(known) >= 3 and mark.section in TIMED else unknown
+        return max(minimum, usual)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from swax_megatron.resilience import STOP_FILE
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+REASONS = (*(number.name for number in SIGNALS), "stop file")
 
 
 class StopRequest:
@@ -40,10 +41,12 @@ class StopRequest:
         if self.agreed:
             return True
         if dist.get_rank() == 0 and self.reason is None and self.file is not None and self.file.exists():
-            self.reason = "stop file"
-        told = torch.tensor([self.reason is not None], dtype=torch.int32)
+            self.reason = REASONS[-1]
+        told = torch.tensor([0 if self.reason is None else 1 + REASONS.index(self.reason)], dtype=torch.int32)
         dist.all_reduce(told, op=dist.ReduceOp.MAX, group=group)
         self.agreed = bool(told.item())
+        if self.agreed:
+            self.reason = REASONS[told.item() - 1]  # of whichever rank
         return self.agreed
 
     def finish(self, group: dist.ProcessGroup) -> None:

@@ -17,7 +17,7 @@ from tests.corpus import write_corpus
 from tests.faults import jobs
 
 STEPS = 8
-HANG = {"hang_minimum": 12.0, "hang_unknown": 40.0, "hang_factor": 3.0}
+HANG = {"hang_minimum": 20.0, "hang_unknown": 20.0, "hang_factor": 3.0}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_a_rank_that_dies(kind: str, codes: set[int], whole: Path, corpus: Path,
 
 HANGS = [
     pytest.param("stop", 0, [1], [], id="SIGSTOP of a rank"),
-    pytest.param("gil", 25, [1], [], id="a rank that holds the interpreter's lock", marks=pytest.mark.soak),
+    pytest.param("gil", 120, [1], [], id="a rank that holds the interpreter's lock", marks=pytest.mark.soak),
     pytest.param("sleep", 600, [], [1], id="a rank that never arrives", marks=pytest.mark.soak),
 ]
 
@@ -81,7 +81,7 @@ def test_a_hang(
 
 
 def test_a_slow_rank_is_named(whole: Path, corpus: Path, tmp_path: Path, workers: Any) -> None:
-    raw = faulty(corpus, tmp_path / "run", "slow", fault_step=2, fault_steps=4, fault_seconds=0.5, straggler_interval=4)
+    raw = faulty(corpus, tmp_path / "run", "slow", fault_step=1, fault_steps=3, fault_seconds=1.5, straggler_interval=4)
     workers(2).run(runs.train, raw)
     (first, *_) = jobs.events(tmp_path / "run", "straggler")
     assert first["step"] == 3 and list(first["ranks"]) == ["1"] and first["ratio"] > 1.3
@@ -98,6 +98,9 @@ def test_a_rare_long_step_is_no_hang() -> None:
     for window, limit in (("128", 5.0), ("2048", 11.0), ("512", 900.0)):
         progress.enter("compute", 7, window)
         assert progress.limit(progress.mark, 10.0, 5.0, 900.0) == pytest.approx(limit)
+    progress._durations[("callbacks", "")].extend([0.001] * 500)
+    progress.enter("callbacks", 7)
+    assert progress.limit(progress.mark, 10.0, 5.0, 900.0) == 900.0, "five hundred times nothing, then a long one"
 
 
 @pytest.mark.parametrize("name", ["disk full while saving", "data shard gone"])
@@ -115,7 +118,7 @@ def test_documented_stops(name: str, whole: Path, tmp_path: Path, workers: Any) 
         job.until_step(0)
         away = tmp_path / "away"
         away.mkdir()
-        for shard in (data / "a").glob("*.idx"):
+        for shard in (data / "a").glob("*.tar"):
             shutil.move(shard, away / shard.name)
     assert job.ended() == ExitCode.RUN_ERROR, job.text()[-3000:]
     assert sentence in job.text()

@@ -61,6 +61,7 @@ def test_other_ways_to_stop(how: str, whole: Path, corpus: Path, tmp_path: Path,
         else:
             signal_rank(job, 1, signal.SIGUSR1)
     assert job.ended() == ExitCode.PREEMPTED, job.text()
+    assert jobs.events(tmp_path / "run", "signal")[-1]["reason"] == (how if how == "stop file" else how.split()[0])
     if how == "stop file":
         assert jobs.run(raw) == ExitCode.USER_ERROR
         assert "STOP tells this run to stay stopped: remove the file" in job.text()

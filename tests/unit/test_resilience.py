@@ -40,7 +40,7 @@ RUN = told(
     (20.0, 1, "resume", {"step": 0}),
     (40.0, 1, "progress", {"step": 10, "seconds": {"data": 1.0, "compute": 15.0, "update": 3.0, "metrics": 1.0}}),
     (42.0, 1, "saved", {"step": 10, "seconds": 2.0}),
-    (53.0, 1, "progress", {"step": 15, "seconds": {"checkpoints": 2.0, "data": 1.0, "compute": 10.0}}),
+    (53.0, 1, "progress", {"step": 15, "seconds": {"checkpoint": 2.0, "data": 1.0, "compute": 10.0}}),
     (70.0, 2, "start", {"began": 65.0}),  # killed at some time after 53; steps 11 to 15 are done again
     (80.0, 2, "resume", {"step": 10}),
     (100.0, 2, "progress", {"step": 20, "seconds": {"compute": 20.0}}),
