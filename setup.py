@@ -39,9 +39,11 @@ REQUIREMENTS = [
     'triton>=3.4; python_version >= "3.12"',  # megatron-core 0.18 and later import it
 ]
 TRITON = "triton>=3.6,<3.7"  # what the kernels and their interpreter tests ran with
+EVALUATION = ["wonderwords==3.0.1", "matplotlib>=3.8,<4"]  # RULER's word lists, exactly the ones of its golden samples; plots
 EXTRAS = {
-    "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9"],
+    "test": [*EVALUATION, "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9"],
     "kernels": [TRITON],
+    "eval": EVALUATION,
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import cli
-from data_prep.encoding import load_tokenizer
+from data_prep.encoders import load_tokenizer
 from data_prep.verify import data_sets
 from swax_megatron.data.shards import ShardedDataset
 from swax_megatron.data.statistics import unigram_entropy
