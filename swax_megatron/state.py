@@ -44,4 +44,4 @@ class StepResult:
     tokens: int
     metrics: dict[str, float] = field(default_factory=dict)
     data_wait: float = 0.0  # this rank's seconds until it had its rows
-    busy: float = 0.0  # this rank's seconds of forward and backward before it met the others
+    busy: float = 0.0  # this rank's seconds in forward passes
