@@ -73,9 +73,17 @@ class WindowConfig:
 class SourceConfig:
     """One data set written by data_prep/shard.py."""
 
-    path: str = _f("", "folder that holds manifest.json and the shards")
+    path: str = _f("", "folder that holds manifest.json and the shards; or a URL (s3://, https://, ...), or pipe:COMMAND with {file}")
     weight: float = _f(1.0, "share of the sequences drawn from this source")
     name: str | None = _f(None, "name in logs and checkpoints; null: the folder's name")
+
+
+@dataclass
+class CurriculumConfig:
+    """Other weights of the training sources from a step on."""
+
+    step: int = _f(0, "first step with these weights")
+    weights: dict[str, float] = _f({}, "weight of every training source, by name")
 
 
 @dataclass
@@ -86,7 +94,18 @@ class DataConfig:
     validation: list[SourceConfig] = _f([], "validation sources")
     tokenizer: str | None = _f(None, "SentencePiece .model; null: the one beside the first training source")
     sequence_length: int = _f(16384, "tokens a row")
+    packing: Literal["concatenate", "best_fit"] = _f(
+        "concatenate", "rows: cut one line of all documents; or fill each with whole documents, where only longer ones than a row are cut"
+    )
+    curriculum: list[CurriculumConfig] = _f([], "weights of the training sources that change at a step")
+    shuffle_tokens: int = _f(2**31, "rows are shuffled inside blocks of this many tokens; for remote data a few shards' worth")
     verify: Literal["size", "sha256"] = _f("size", "how shards are checked when they are opened")
+    damaged: Literal["stop", "skip"] = _f("stop", "a damaged or missing training shard found at opening: stop, or leave it out and say so")
+    workers: int = _f(2, "threads that read ahead; 0: read between the steps")
+    prefetch: int = _f(2, "steps that are read ahead")
+    cache: str = _f("~/.cache/swax_megatron", "folder on a local disk for fetched files of remote data and for tables of best_fit packing")
+    cache_gib: float = _f(64.0, "size limit of the fetched files, GiB a host; those used longest ago are removed")
+    retries: int = _f(5, "how often a failed fetch of remote data is tried again")
 
 
 @dataclass
@@ -125,12 +144,21 @@ class OptimizerConfig:
 
 
 @dataclass
+class BatchPhase:
+    """A smaller batch at the beginning of a run."""
+
+    until_step: int = _f(0, "first step that no longer has this batch size")
+    rows: int = _f(0, "rows an update until then")
+
+
+@dataclass
 class TrainConfig:
     """The loop."""
 
     steps: int = _f(1000, "optimizer updates in all")
     micro_batch_size: int = _f(1, "rows a forward pass and data-parallel rank")
     global_batch_size: int = _f(64, "rows an update over all ranks")
+    batch_ramp: list[BatchPhase] = _f([], "smaller batches before global_batch_size is reached, e.g. [{until_step: 500, rows: 16}]")
     precision: Literal["bf16", "fp32"] = _f("bf16", "type of weights and activations; masters and optimizer state are fp32")
     recompute: Literal["none", "selective", "full"] = _f(
         "none", "activations recomputed in backward: none; selective, the mixers' cores; full, whole layers"

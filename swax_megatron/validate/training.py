@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from swax_megatron.batching import rows_before
 from swax_megatron.config import field_paths
 from swax_megatron.schema import Config
 
@@ -19,13 +20,23 @@ def check_optimizer(config: Config) -> None:
         raise ValueError(
             f"optimizer.min_learning_rate={optimizer.min_learning_rate}: must not exceed optimizer.learning_rate={optimizer.learning_rate}"
         )
-    unit = train.global_batch_size * config.data.sequence_length if optimizer.schedule_unit == "tokens" else 1
-    total = train.steps * unit
+    total = rows_before(config, train.steps) * config.data.sequence_length if optimizer.schedule_unit == "tokens" else train.steps
     if total and optimizer.warmup > total:
         raise ValueError(
             f"optimizer.warmup={optimizer.warmup}: the run has {total} {optimizer.schedule_unit} and would end in its warm-up; "
             f"use e.g. optimizer.warmup={max(1, total // 10)}, or more train.steps"
         )
+
+
+def check_batch_ramp(config: Config) -> None:
+    before = 0
+    for index, phase in enumerate(config.train.batch_ramp):
+        where = f"train.batch_ramp.{index}"
+        if phase.until_step <= before:
+            raise ValueError(f"{where}.until_step={phase.until_step}: must be more than {before}, where the phase before it ends")
+        if phase.rows < 1:
+            raise ValueError(f"{where}.rows={phase.rows}: must be at least 1")
+        before = phase.until_step
 
 
 def check_checkpoint(config: Config) -> None:
