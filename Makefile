@@ -34,11 +34,11 @@ test: $(environment) ## the tests (minutes)
 	$(python) -m pytest $(usual) tests/parallel tests/resume
 	$(python) -m pytest $(usual) tests/slurm
 
-test-matrix: $(environment) ## every parallel layout against one process
+test-matrix: $(environment) ## a cover of all supported parallel layouts against one process (eight processes at most)
 	$(python) -m pytest -m matrix
 
 test-soak: $(environment) ## long runs with faults
-	$(python) -m pytest -m soak
+	SWAX_TEST_TASK_SECONDS=1800 $(python) -m pytest -m soak
 
 reproduce-effect: $(environment) ## the experiment on attention windows: every arm and seed not done yet (a GPU, hours in all), then its report
 	$(python) scripts/reproduce_effect.py

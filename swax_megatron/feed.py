@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 
 from swax_megatron.batching import batch_rows
-from swax_megatron.data.mixture import Mixture, Plan, StreamState
+from swax_megatron.data.mixture import Mixture, Plan, StreamState, replica_rows
 from swax_megatron.data.packing import Batch, pack
 from swax_megatron.data.prefetch import Prefetcher
 from swax_megatron.errors import RunError
+from swax_megatron.parallel.context import cut_rows
 from swax_megatron.parallel.groups import Groups
 from swax_megatron.schema import Config
 
@@ -20,8 +21,9 @@ from swax_megatron.schema import Config
 class Feed:
     """Deals global batches out to ranks.
 
-    Rows are dealt out contiguously. Every tensor- and pipeline-parallel rank reads the same rows itself: they are a pure
-    function of the plan, so nothing is broadcast and the middle stages know the document boundaries.
+    Rows are dealt out contiguously. Every tensor-, pipeline- and context-parallel rank reads the same rows itself: they are a
+    pure function of the plan, so nothing is broadcast and every rank knows all document boundaries. Under context parallelism
+    a rank keeps its piece of them.
     """
 
     def __init__(self, config: Config, groups: Groups, data: Mixture) -> None:
@@ -54,9 +56,8 @@ class Feed:
 
     def _pieces(self, plan: Plan) -> list[Plan]:
         """This rank's rows of a plan, a list for each microbatch."""
-        size, rows = self.config.train.micro_batch_size, len(plan) // self.groups.data_size
-        mine = plan[self.groups.data_rank * rows : (self.groups.data_rank + 1) * rows]
-        return [mine[start : start + size] for start in range(0, rows, size)]
+        size, mine = self.config.train.micro_batch_size, replica_rows(plan, self.groups.replica, self.groups.replicas)
+        return [mine[start : start + size] for start in range(0, len(mine), size)]
 
     def _load(self, piece: Plan) -> tuple[Batch, int]:
         """Runs in a background thread: read, pack, and pin, so that the copy to the GPU waits for nothing."""
@@ -65,7 +66,8 @@ class Feed:
 
     def _pack(self, piece: Plan, data: Mixture) -> tuple[Batch, int]:
         rows = data.load(piece)
-        return pack(rows.ids_bt1, rows.mask_bt1, self.eos_id, self.config.model.document_boundary), int(rows.tokens_b.sum())
+        batch = pack(rows.ids_bt1, rows.mask_bt1, self.eos_id, self.config.model.document_boundary)
+        return cut_rows(batch, self.groups.context), int(rows.tokens_b.sum())
 
     def _to_device(self, batch: Batch) -> Batch:
         return _each(batch, lambda tensor: tensor.to(self.groups.device, non_blocking=True))
@@ -76,7 +78,7 @@ class Feed:
             return batch_rows(self.config, step) * self.config.data.sequence_length
         total = torch.tensor(mine, device=self.groups.device)
         dist.all_reduce(total, group=self.groups.data)
-        return int(total)
+        return int(total) // self.groups.context_size  # ranks that share rows have all counted them whole
 
 
 def _each(batch: Batch, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:

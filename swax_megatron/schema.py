@@ -116,8 +116,11 @@ class ParallelConfig:
     sequence: bool = _f(True, "split norms and residuals along the sequence over the tensor-parallel ranks (only where tensor > 1)")
     pipeline: int = _f(1, "pipeline stages")
     virtual_pipeline: int | None = _f(None, "model chunks a stage (interleaved schedule); null: one")
-    pipeline_layers: list[int] | None = _f(None, "layers of each stage where they are uneven; null: equal")
-    context: int = _f(1, "context-parallel degree")
+    pipeline_layers: list[int] | None = _f(
+        None,
+        "layers of each stage (of each chunk, with virtual_pipeline, in the model's order); null: balanced by operations, head included",
+    )
+    context: int = _f(1, "ranks that share a row: each holds a piece; window halos and mLSTM memories travel between them")
 
 
 @dataclass
@@ -125,7 +128,14 @@ class OptimizerConfig:
     """AdamW and its schedule."""
 
     backend: Literal["zero", "megatron"] = _f("zero", "zero: DeepSpeed ZeRO; megatron: Megatron-core's distributed optimizer")
-    zero_stage: int = _f(1, "DeepSpeed ZeRO stage")
+    zero_stage: int = _f(
+        1, "what DeepSpeed partitions over data-parallel ranks: 0 nothing; 1 optimizer state; 2 and gradients; 3 and weights"
+    )
+    overlap_gradients: bool = _f(False, "reduce gradients while backward still computes")
+    overlap_parameters: bool = _f(
+        False, "backend megatron: gather updated weights while the next forward computes (ZeRO stage 3 gathers ahead in any case)"
+    )
+    offload: bool = _f(False, "backend zero: keep masters and moments, and update them, in host memory")
     learning_rate: float = _f(6e-4, "peak learning rate")
     min_learning_rate: float = _f(0.0, "learning rate at the end")
     schedule: Literal["cosine", "wsd"] = _f(
@@ -163,6 +173,7 @@ class TrainConfig:
     recompute: Literal["none", "selective", "full"] = _f(
         "none", "activations recomputed in backward: none; selective, the mixers' cores; full, whole layers"
     )
+    loss_chunk: int = _f(1024, "tokens whose logits exist at a time, in forward and again in backward; 0: all of a micro-batch")
     model_seed: int = _f(1, "seed of the initial weights")
     data_seed: int = _f(1, "seed of the data order")
     window_seed: int = _f(1, "seed of the window draws")
@@ -185,7 +196,14 @@ class CheckpointConfig:
     """Saving and resuming."""
 
     interval: int = _f(500, "steps between checkpoints (also after the last step); 0: never")
-    keep_last: int = _f(2, "complete checkpoints that are kept; 0: all")
+    asynchronous: bool = _f(
+        True, "train on while a thread writes; takes as much host memory as this rank's master weights and moments; false: wait"
+    )
+    keep_last: int = _f(2, "newest complete checkpoints that are kept; 0: all")
+    keep_every: int = _f(0, "checkpoints of every N-th step are kept for ever (N a multiple of interval); 0: none")
+    remote: str | None = _f(
+        None, "URL of a second home, e.g. s3://bucket/run (any that fsspec reaches): copied there, fetched from there where it is newer"
+    )
     resume: Literal["auto", "never"] = _f("auto", "auto: continue from the newest complete checkpoint of the run directory")
     allow_change: list[str] = _f(
         [], "fields outside model that may differ from the checkpoint's although they alter the run, e.g. train.steps"

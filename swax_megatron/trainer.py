@@ -98,7 +98,7 @@ class Trainer:
         waited = time.perf_counter() - started
 
         self.progress.enter("compute", step, size)
-        self.backend.zero_grad()
+        self.backend.zero_grad(len(batches))
         totals = run_microbatches(Pass(self.config, self.groups, self.backend.chunks, windows), batches, backward=True)
         rate = learning_rate(self.config, step, self.state.tokens_seen)
         self.progress.enter("update", step, size)
@@ -108,6 +108,8 @@ class Trainer:
         if any([callback.refuses(self, proposal) for callback in self.callbacks]):  # every callback looks: refusals may be collective
             self.backend.discard()
         else:
+            for callback in self.callbacks:
+                callback.before_update(self)
             self.backend.update(rate)
         self.state = TrainState(step + 1, self.state.tokens_seen + tokens, data, self.state.guard)
         if self.groups.device.type == "cuda":

@@ -60,7 +60,7 @@ def read(config: Config, ranks: int, micro: int, workers: int, first: int, last:
     for rank in range(ranks):
         mixture = build_mixture(config, config.data.train, "train", config.train.data_seed)
         state = mixture.initial_state() if saved is None else mixture.state_from_json(json.loads(json.dumps(saved)))
-        groups = SimpleNamespace(data_size=ranks, data_rank=rank, device=torch.device("cpu"), data=None)
+        groups = SimpleNamespace(replicas=ranks, replica=rank, context=None, context_size=1, device=torch.device("cpu"), data=None)
         feed = Feed(config, groups, mixture)
         feed._count = lambda step, mine: mine  # there is no process group here
         steps = []

@@ -42,6 +42,12 @@ class SequenceBatch:
     tokens_b: np.ndarray
 
 
+def replica_rows(plan: Plan, replica: int, replicas: int) -> Plan:
+    """The rows of a global batch that one of ``replicas`` readers takes: contiguous, equally many."""
+    rows = len(plan) // replicas
+    return plan[replica * rows : (replica + 1) * rows]
+
+
 class Mixture:
     """streams: one a source, all with the same sequence length.  weights: shares, need not sum to 1.  names: unique.
 

@@ -32,10 +32,10 @@ def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def logits_and_checkpoint(raw: dict[str, Any], tokens: list[list[int]]) -> list[list[list[float]]]:
-    """Train a little, save, and compute the training model's logits of the last rank's stage at the test window."""
+    """Train a little, save, and compute the training model's logits at the test window."""
     from swax_megatron.build import build_trainer
     from swax_megatron.data.packing import pack
-    from swax_megatron.parallel.context import SequenceContext
+    from swax_megatron.parallel.context import cut_rows, sequence_context
 
     with runs.layout(raw) as (config, groups):
         trainer, _ = build_trainer(config, groups)
@@ -49,22 +49,23 @@ def logits_and_checkpoint(raw: dict[str, Any], tokens: list[list[int]]) -> list[
                 fragment.tensor.fill_(-1.0)
         trainer.fit()
         rows = torch.tensor(tokens)
-        batch = pack(torch.cat([rows, rows[:, :1]], dim=1), None, -1)
-        context = SequenceContext(
-            windows=trainer.windows.expand(config.window.test_window), cu_seqlens=batch.cu_seqlens, positions_bt=batch.positions_bt
-        )
+        batch = cut_rows(pack(torch.cat([rows, rows[:, :1]], dim=1), None, -1), groups.context)
+        context = sequence_context(batch, trainer.windows.expand(config.window.test_window), groups.context)
         with torch.no_grad():
             (chunk,) = trainer.backend.chunks
             logits_sbv = chunk.eval()(batch.inputs_bt, context)
         parts = [torch.empty_like(logits_sbv) for _ in range(groups.tensor_size)]
         dist.all_gather(parts, logits_sbv.contiguous(), group=groups.tensor)
-        return torch.cat(parts, dim=-1).transpose(0, 1)[..., : config.model.vocab_size].tolist()
+        logits_btv = torch.cat(parts, dim=-1).transpose(0, 1)[..., : config.model.vocab_size].contiguous()
+        pieces = list(groups.context.all_gather("logits", logits_btv)) if groups.context else [logits_btv]
+        return torch.cat(pieces, dim=1).tolist()
 
 
 @pytest.mark.parametrize(
     ("size", "parallel", "model"),
     [
         (2, {"tensor": 2}, {"pattern": "(MS)x2F"}),
+        (2, {"context": 2}, {"pattern": "(MS)x2F"}),
         (1, {}, {"pattern": "(MS)x2F", "rope_kinds": "S", "tie_embeddings": True, "logit_cap": None}),
     ],
 )

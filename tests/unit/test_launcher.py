@@ -60,7 +60,7 @@ def test_dry_run_prints_the_plan_and_the_resolved_configuration(settings: Path, 
     ("arguments", "message"),
     [
         (["train.stepz=3"], "error: unknown config field 'train.stepz'; did you mean 'train.steps'?\n"),
-        (["parallel.context=2"], "error: parallel.context=2: context parallelism needs"),
+        (["parallel.context=3"], "error: data.sequence_length=64: must be divisible by parallel.context=3"),
     ],
 )
 def test_a_mistake_ends_with_one_sentence_and_code_2(settings: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
