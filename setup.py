@@ -22,6 +22,7 @@ REQUIREMENTS = [
     "transformers>=5.17,<6",
     "tokenizers>=0.22",
     "safetensors>=0.5",
+    "fsspec>=2024.6",  # remote copies of checkpoints; the stores' packages (s3fs, gcsfs, ...) are the user's choice
     "sentencepiece>=0.2,<0.3",
     "protobuf>=4",  # the conversion of a SentencePiece model to tokenizer.json reads its protobuf
     "webdataset>=1.0,<2",

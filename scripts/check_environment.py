@@ -24,6 +24,7 @@ MODULES = {  # what is imported -> the distribution that brings it
     "transformers": "transformers",
     "tokenizers": "tokenizers",
     "safetensors": "safetensors",
+    "fsspec": "fsspec",
     "sentencepiece": "sentencepiece",
     "google.protobuf": "protobuf",
     "webdataset": "webdataset",
