@@ -238,6 +238,17 @@ class _ByMicrobatch(ZeroBackend):
         (chunk,) = chunks
         chunk.register_forward_pre_hook(self._before_forward)
 
+    def zero_grad(self) -> None:
+        if self._begun:  # a step that was given up after its backward passes: empty the buckets, forget what was added up
+            self._begun = 0
+            self._zero.independent_gradient_partition_epilogue()
+            self._forget_partitions()
+        super().zero_grad()
+
+    def _forget_partitions(self) -> None:
+        for added_up in (self._zero.averaged_gradients, self._zero.all_grad_tensors):
+            added_up.update(dict.fromkeys(added_up))
+
     def _before_forward(self, chunk: nn.Module, _: object) -> None:
         if not (chunk.training and torch.is_grad_enabled()):
             return  # validation
@@ -304,6 +315,9 @@ class PartitionedWeights(_ByMicrobatch):
 
     def _flat_masters(self) -> list[Tensor]:
         return self._zero.fp32_partitioned_groups_flat
+
+    def _forget_partitions(self) -> None:
+        """The next step's first microbatch overwrites them."""
 
     def _before_forward(self, chunk: nn.Module, inputs: object) -> None:
         super()._before_forward(chunk, inputs)

@@ -2,46 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests import runs
 from tests.parallel.conftest import END
+from tests.parallel.matrix import OPTIMIZER
 from tests.parallel.test_parity import compare
 
 
+def elements(tensors: Iterable[torch.Tensor | None]) -> int:
+    """Elements of the storages behind some tensors, each counted once."""
+    storages = ((each.untyped_storage(), each.element_size()) for each in tensors if each is not None)
+    return sum({storage.data_ptr(): storage.nbytes() // size for storage, size in storages}.values())
+
+
 def kept(raw: dict[str, Any]) -> dict[str, int]:
-    """Elements of masters, of gradients when the last backward pass is over, and of weights between steps, on this rank."""
+    """Elements on this rank: masters, gradients between two microbatches, weights between two steps; and of the whole model."""
     from swax_megatron.build import build_trainer
-    from swax_megatron.optim import zero
 
     with runs.layout(raw) as (config, groups):
         trainer, _ = build_trainer(config, groups)
-        backend = trainer.backend
-        parameters = list(backend.chunks[0].parameters())
-        found: dict[str, int] = {}
-        inner, reduce = backend._zero, backend._reduce
+        backend, zero = trainer.backend, trainer.backend._zero
+        (chunk,) = backend.chunks
+        parameters = list(chunk.parameters())
+        gradients: list[int] = []
 
-        def counted() -> None:
-            whole = {tensor.data_ptr(): tensor.numel() for p in parameters for tensor in (p.grad, p.grad_accum) if tensor is not None}
-            reduce()
-            parts = [tensor for _, tensor in backend._partition_gradients()] if isinstance(backend, zero._ByMicrobatch) else []
-            found["gradients"] = sum(whole.values()) + sum(part.numel() for part in parts)
+        def count_gradients(*_: object) -> None:
+            if config.optimizer.zero_stage == 3:
+                partitioned = [zero.grad_partitions_flat_buffer]
+            else:
+                lists = [*zero.averaged_gradients.values(), *zero.all_grad_tensors.values()]
+                partitioned = [tensor for each in lists if each is not None for tensor in each]
+            whole = [tensor for each in parameters for tensor in (each.grad, getattr(each, "grad_accum", None))]
+            gradients.append(elements([*whole, *partitioned]))
 
-        for parameter in parameters:
-            parameter.grad_accum = getattr(parameter, "grad_accum", None)  # stage 3 has none
-        backend._reduce = counted
+        chunk.register_forward_pre_hook(count_gradients)
         trainer.train_step()
-        found["masters"] = sum(flat.numel() for flat in backend._flat_masters())
-        held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in parameters if tensor.numel()}
+        weights = [each.data for each in parameters if each.numel()]
         if config.optimizer.zero_stage == 3:
-            held[0] = inner.lp_param_buffer.nbytes  # this rank's ranges of all parameters
-        found["weight bytes"] = sum(held.values())
-        found["whole"] = sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in parameters)
-        return found
+            weights.append(zero.lp_param_buffer)  # this rank's ranges of all parameters
+        return {
+            "masters": elements(backend._flat_masters()),
+            "gradients": gradients[1],
+            "weights": elements(weights),
+            "whole": sum(int(getattr(each, "ds_numel", each.numel())) for each in parameters),
+        }
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -49,11 +60,33 @@ def test_what_a_rank_keeps(stage: int, corpus: Path, tmp_path: Path, workers: An
     """bf16, two ranks. Half of everything that the stage partitions (padding and small weights, kept whole, are a few percent)."""
     raw = runs.small_config(corpus, tmp_path, optimizer={"zero_stage": stage}, train={"precision": "bf16"})
     for found in workers(2).run(kept, raw):
-        half = pytest.approx(found["whole"] / 2, rel=0.1)
-        assert found["masters"] == (half if stage >= 1 else pytest.approx(found["whole"], rel=0.01))
-        assert found["gradients"] == (half if stage >= 2 else found["whole"])
-        weights = (1, 0.15) if stage == 3 else (2, 0.02)  # bytes an element; stage 3 keeps a fraction of small ones beside its half
-        assert found["weight bytes"] == pytest.approx(weights[0] * found["whole"], rel=weights[1])
+        for what, first in (("masters", 1), ("gradients", 2), ("weights", 3)):
+            share = 0.5 if stage >= first else 1.0
+            assert found[what] == pytest.approx(share * found["whole"], rel=0.1), (what, found)
+
+
+def step_after_one_given_up(raw: dict[str, Any], give_up: bool) -> dict[str, float]:
+    """The first step's metrics; give_up: after another pass over the batch whose gradients nobody used."""
+    from swax_megatron.build import build_trainer
+    from swax_megatron.execution import Pass, run_microbatches
+
+    with runs.layout(raw) as (config, groups):
+        trainer, _ = build_trainer(config, groups)
+        if give_up:
+            trainer.backend.zero_grad()
+            plan, _ = trainer.data.plan(trainer.state.data, config.train.global_batch_size)
+            batches = trainer.load_microbatches(plan)
+            run_microbatches(Pass(config, groups, trainer.backend.chunks, trainer.windows.layers(0)), batches, backward=True)
+        metrics = trainer.train_step().metrics
+        return {name: metrics[name] for name in ("loss/train", "optim/grad_norm")}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("optimizer", ["zero0", "zero1", "zero1-overlap", "zero2", "zero3", "megatron-overlap-both"])
+def test_nothing_stays_of_a_step_given_up(optimizer: str, precision: str, corpus: Path, tmp_path: Path, workers: Any) -> None:
+    raw = runs.small_config(corpus, tmp_path, optimizer=OPTIMIZER[optimizer], train={"precision": precision})
+    expected, found = (workers(2).run(step_after_one_given_up, raw, give_up)[0] for give_up in (False, True))
+    assert found == expected
 
 
 def train_as_on_a_gpu(raw: dict[str, Any]) -> dict[str, list[float]]:
