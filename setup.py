@@ -22,26 +22,30 @@ REQUIREMENTS = [
     "transformers>=5.17,<6",
     "tokenizers>=0.22",
     "safetensors>=0.5",
-    "fsspec>=2024.6",  # remote copies of checkpoints; the stores' packages (s3fs, gcsfs, ...) are the user's choice
     "sentencepiece>=0.2,<0.3",
     "protobuf>=4",  # the conversion of a SentencePiece model to tokenizer.json reads its protobuf
     "webdataset>=1.0,<2",
     "pyarrow>=15",
     "zstandard>=0.22",
     "tensorboard>=2.16,<3",
+    "matplotlib>=3.8,<4",  # plots of swax_megatron.report
     "pyyaml>=6",
     "pydantic>=2,<3",
     "einops>=0.8",  # megatron-core imports it and does not declare it
     "psutil>=5.9",
     "packaging>=24.2",
+    "fsspec[http]>=2024.6",  # remote data sets and copies of checkpoints; object stores need their own package, e.g. the extra s3
     "setuptools",  # TensorBoard and torch's C++ extensions import it at run time
     "ninja",
     'triton>=3.4; python_version >= "3.12"',  # megatron-core 0.18 and later import it
 ]
 TRITON = "triton>=3.6,<3.7"  # what the kernels and their interpreter tests ran with
+EVALUATION = ["wonderwords==3.0.1", "matplotlib>=3.8,<4"]  # RULER's word lists, exactly the ones of its golden samples; plots
 EXTRAS = {
-    "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9"],
+    "test": [*EVALUATION, "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9"],
     "kernels": [TRITON],
+    "eval": EVALUATION,
+    "s3": ["s3fs>=2024.6"],
 }
 
 

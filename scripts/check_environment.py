@@ -24,7 +24,6 @@ MODULES = {  # what is imported -> the distribution that brings it
     "transformers": "transformers",
     "tokenizers": "tokenizers",
     "safetensors": "safetensors",
-    "fsspec": "fsspec",
     "sentencepiece": "sentencepiece",
     "google.protobuf": "protobuf",
     "webdataset": "webdataset",
@@ -35,6 +34,9 @@ MODULES = {  # what is imported -> the distribution that brings it
     "pydantic": "pydantic",
     "einops": "einops",
     "psutil": "psutil",
+    "matplotlib": "matplotlib",
+    "fsspec": "fsspec",
+    "aiohttp": "aiohttp",
 }
 BUILD_OP = """
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder

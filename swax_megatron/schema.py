@@ -73,9 +73,17 @@ class WindowConfig:
 class SourceConfig:
     """One data set written by data_prep/shard.py."""
 
-    path: str = _f("", "folder that holds manifest.json and the shards")
+    path: str = _f("", "folder that holds manifest.json and the shards; or a URL (s3://, https://, ...), or pipe:COMMAND with {file}")
     weight: float = _f(1.0, "share of the sequences drawn from this source")
     name: str | None = _f(None, "name in logs and checkpoints; null: the folder's name")
+
+
+@dataclass
+class CurriculumConfig:
+    """Other weights of the training sources from a step on."""
+
+    step: int = _f(0, "first step with these weights")
+    weights: dict[str, float] = _f({}, "weight of every training source, by name")
 
 
 @dataclass
@@ -86,7 +94,18 @@ class DataConfig:
     validation: list[SourceConfig] = _f([], "validation sources")
     tokenizer: str | None = _f(None, "SentencePiece .model; null: the one beside the first training source")
     sequence_length: int = _f(16384, "tokens a row")
+    packing: Literal["concatenate", "best_fit"] = _f(
+        "concatenate", "rows: cut one line of all documents; or fill each with whole documents, where only longer ones than a row are cut"
+    )
+    curriculum: list[CurriculumConfig] = _f([], "weights of the training sources that change at a step")
+    shuffle_tokens: int = _f(2**31, "rows are shuffled inside blocks of this many tokens; for remote data a few shards' worth")
     verify: Literal["size", "sha256"] = _f("size", "how shards are checked when they are opened")
+    damaged: Literal["stop", "skip"] = _f("stop", "a damaged or missing training shard found at opening: stop, or leave it out and say so")
+    workers: int = _f(2, "threads that read ahead; 0: read between the steps")
+    prefetch: int = _f(2, "steps that are read ahead")
+    cache: str = _f("~/.cache/swax_megatron", "folder on a local disk for fetched files of remote data and for tables of best_fit packing")
+    cache_gib: float = _f(64.0, "size limit of the fetched files, GiB a host; those used longest ago are removed")
+    retries: int = _f(5, "how often a failed fetch of remote data is tried again")
 
 
 @dataclass
@@ -135,12 +154,21 @@ class OptimizerConfig:
 
 
 @dataclass
+class BatchPhase:
+    """A smaller batch at the beginning of a run."""
+
+    until_step: int = _f(0, "first step that no longer has this batch size")
+    rows: int = _f(0, "rows an update until then")
+
+
+@dataclass
 class TrainConfig:
     """The loop."""
 
     steps: int = _f(1000, "optimizer updates in all")
     micro_batch_size: int = _f(1, "rows a forward pass and data-parallel rank")
     global_batch_size: int = _f(64, "rows an update over all ranks")
+    batch_ramp: list[BatchPhase] = _f([], "smaller batches before global_batch_size is reached, e.g. [{until_step: 500, rows: 16}]")
     precision: Literal["bf16", "fp32"] = _f("bf16", "type of weights and activations; masters and optimizer state are fp32")
     recompute: Literal["none", "selective", "full"] = _f(
         "none", "activations recomputed in backward: none; selective, the mixers' cores; full, whole layers"
@@ -200,6 +228,35 @@ class MonitorConfig:
     )
 
 
+FaultKind = Literal[
+    "none", "kill", "segfault", "stop", "gil", "exception", "sleep", "slow", "nan", "spike", "sigterm", "disk_full", "corrupt"
+]
+
+
+@dataclass
+class ResilienceConfig:
+    """Spikes, hangs, stragglers, and the fault injector that tests them (docs/resilience.md)."""
+
+    spike_threshold: float = _f(
+        10.0, "robust standard deviations above the median loss of steps with the same window, from which an update is left out; 0: off"
+    )
+    spike_history: int = _f(128, "accepted losses of a window that the median is taken of")
+    spike_minimum: int = _f(64, "losses of a window that must be known before a step with it is judged")
+    spike_patience: int = _f(3, "left-out updates in a row after which the run goes back to a checkpoint and jumps over the data; 0: never")
+    max_skips: int = _f(50, "left-out updates after which the run stops")
+    max_rewinds: int = _f(3, "times the run may go back before it stops")
+    hang_factor: float = _f(10.0, "a section of a step that takes this many times its usual (by window) is a hang; 0: no watchdog")
+    hang_minimum: float = _f(180.0, "seconds: nothing shorter is a hang")
+    hang_unknown: float = _f(1800.0, "seconds: what was not timed before (start, first steps with a window, first save) may take this long")
+    straggler_interval: int = _f(50, "steps between comparisons of the ranks' own times; 0: never")
+    straggler_factor: float = _f(1.3, "a rank that takes this many times the median of all ranks is reported")
+    fault: FaultKind = _f("none", "fault injector, for tests: what is done to fault_rank at fault_step")
+    fault_rank: int = _f(0, "fault injector: the rank")
+    fault_step: int = _f(0, "fault injector: the 0-based step")
+    fault_steps: int = _f(1, "fault injector: how many steps from fault_step on (nan, spike, slow)")
+    fault_seconds: float = _f(1.0, "fault injector: how long (slow, sleep, gil)")
+
+
 @dataclass
 class Config:
     """A whole run."""
@@ -215,4 +272,5 @@ class Config:
     checkpoint: CheckpointConfig = _f(CheckpointConfig, "")
     kernels: KernelConfig = _f(KernelConfig, "")
     monitor: MonitorConfig = _f(MonitorConfig, "")
+    resilience: ResilienceConfig = _f(ResilienceConfig, "")
     format_version: int = _f(FORMAT_VERSION, "version of this format; a newer one is refused")

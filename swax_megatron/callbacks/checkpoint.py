@@ -14,9 +14,10 @@ from swax_megatron.checkpoint.background import BackgroundSaver
 from swax_megatron.checkpoint.compatibility import check_resume
 from swax_megatron.checkpoint.ranks import Ranks
 from swax_megatron.checkpoint.remote import Remote
-from swax_megatron.checkpoint.store import latest, open_checkpoint, prune, save
+from swax_megatron.checkpoint.store import Checkpoint, discard_after, latest, open_checkpoint, prune, save
 from swax_megatron.config import to_dict
 from swax_megatron.errors import RunError
+from swax_megatron.resilience.spikes import GuardState
 from swax_megatron.state import StepResult, TrainState
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Checkpoints(Callback):
         self.saved_step = -1
         self._saver: BackgroundSaver | None = None
         self._remote: Remote | None = None
+        self._blocked = 0.0  # seconds that the newest background save made training wait
         self._copy_failed = False  # of the newest checkpoint, to the remote place
 
     def resume(self, trainer: Trainer) -> bool:
@@ -54,28 +56,36 @@ class Checkpoints(Callback):
         for change in check_resume(checkpoint.config, to_dict(config), config.checkpoint.allow_change, checkpoint.step):
             if groups.rank == 0:
                 _log.info("resume: %s", change)
-        data = trainer.data.state_from_json(checkpoint.state["data"], allow_new="data.train" in config.checkpoint.allow_change)
-        foreign = checkpoint.verify(group=groups.cpu)
-        if foreign and groups.rank == 0:
-            _log.warning("%s holds files that no save of ours wrote and that are not read: %s", found, ", ".join(foreign))
-        checkpoint.read_into(trainer.backend.fragments(saving=False))
-        trainer.backend.loaded(checkpoint.step)
-        trainer.state = TrainState(checkpoint.step, checkpoint.state["tokens_seen"], data)
-        self._restore_generators(checkpoint.rank_state(groups.rank))
-        self.saved_step = checkpoint.step
+        self.load(trainer, checkpoint)
         if groups.rank == 0:
             _log.info("resumed from %s", found)
             if checkpoint.step == config.train.steps:
                 _log.info("all %d steps of train.steps are done: there is nothing left to train", checkpoint.step)
         return True
 
+    def load(self, trainer: Trainer, checkpoint: Checkpoint) -> None:
+        """Verify a checkpoint and put the run where it stood then (a collective)."""
+        config, groups = trainer.config, trainer.groups
+        data = trainer.data.state_from_json(checkpoint.state["data"], allow_new="data.train" in config.checkpoint.allow_change)
+        foreign = checkpoint.verify(group=groups.cpu)
+        if foreign and groups.rank == 0:
+            _log.warning("%s holds files that no save of ours wrote and that are not read: %s", checkpoint.path, ", ".join(foreign))
+        checkpoint.read_into(trainer.backend.fragments(saving=False))
+        guard = GuardState.from_json(checkpoint.state.get("guard"))
+        trainer.state = TrainState(checkpoint.step, checkpoint.state["tokens_seen"], data, guard)
+        trainer.backend.loaded(trainer.state.updates)
+        self._restore_generators(checkpoint.rank_state(groups.rank))
+        self.saved_step = checkpoint.step
+
     def before_update(self, trainer: Trainer) -> None:
         if self._saver is not None and self._saver.in_flight:
             started = time.perf_counter()
             self._saver.copied()
+            waited = time.perf_counter() - started
+            self._blocked += waited
             blocked = trainer.late_metrics.get("time/checkpoint_blocking")
             if blocked is not None:  # this step follows the save: its metrics tell the whole time
-                trainer.late_metrics["time/checkpoint_blocking"] = blocked + time.perf_counter() - started
+                trainer.late_metrics["time/checkpoint_blocking"] = blocked + waited
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         interval = trainer.config.checkpoint.interval
@@ -87,6 +97,9 @@ class Checkpoints(Callback):
             trainer.late_metrics["time/checkpoint_blocking"] = time.perf_counter() - started
 
     def on_end(self, trainer: Trainer) -> None:
+        """A run that was told to stop saves the step it stands at, once, unless nothing was done since the last save."""
+        if trainer.stop.agreed and trainer.state.step > max(0, self.saved_step):
+            self.save(trainer)
         self.finish(trainer)
         if self._copy_failed and self._remote is not None:
             self._remote.upload(self.root / f"step_{self.saved_step}", Ranks.of(trainer.groups.cpu))  # once more; now it counts
@@ -102,11 +115,14 @@ class Checkpoints(Callback):
             if wait:
                 self.finish(trainer)
             return
+        trainer.progress.enter("checkpoint", state.step)
+        started = time.perf_counter()
         arguments: dict[str, Any] = {
             "config": to_dict(config),
             "state": {
                 "tokens_seen": state.tokens_seen,
                 "data": trainer.data.state_to_json(state.data),
+                "guard": state.guard.to_json(),
                 "window_schedule": f"{trainer.windows.fingerprint():016x}",
             },
             "rank_state": self._generators(),
@@ -114,6 +130,11 @@ class Checkpoints(Callback):
         }
 
         def then(path: Path, ranks: Any) -> None:
+            whole = round(time.perf_counter() - started, 4)
+            if wait:
+                trainer.record("saved", step=state.step, seconds=whole)
+            else:  # seconds: what training waited
+                trainer.record("saved", step=state.step, seconds=round(self._blocked, 4), background=whole)
             self._keep(path, ranks, config)
 
         if wait:
@@ -123,13 +144,22 @@ class Checkpoints(Callback):
         else:
             if self._saver is None:
                 self._saver = BackgroundSaver(config.train.distributed_timeout)
+            self._blocked = 0.0
             self._saver.start(self.root, state.step, trainer.backend.fragments(saving=True), then=then, **arguments)
+            self._blocked += time.perf_counter() - started
         self.saved_step = state.step
 
     def finish(self, trainer: Trainer) -> None:
         """Wait for the save in flight, if there is one (a collective); raises what it failed with."""
         if self._saver is not None:
             self._saver.finish(trainer.groups.cpu)
+
+    def discard_after(self, step: int) -> None:
+        """After a rewind: delete the checkpoints of later steps, here and at the remote place (rank 0), so that no restart resumes them."""
+        discard_after(self.root, step)
+        if self._remote is not None and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0):
+            for later in [each for each in self._remote.steps() if each > step]:
+                self._remote.remove(later)
 
     def _keep(self, path: Path, ranks: Any, config: Config) -> None:
         """What follows a complete checkpoint: its copy, and retention. In the saving thread where there is one."""

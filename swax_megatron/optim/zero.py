@@ -32,6 +32,7 @@ from swax_megatron.schema import Config
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed  # noqa: E402  (reads DS_ACCELERATOR when imported)
+from deepspeed.runtime.utils import combine_grad_norm_groups  # noqa: E402
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig  # noqa: E402
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3  # noqa: E402
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer  # noqa: E402
@@ -143,13 +144,34 @@ class ZeroBackend:
     def zero_grad(self) -> None:
         self._zero.zero_grad(set_to_none=True)
 
-    def step(self, learning_rate: float) -> float:
+    def reduce(self) -> float:
+        self._reduce()
+        norm = float(self._keep_norm())
+        return norm if norm >= 0.0 else float("nan")  # DeepSpeed may mask a norm that is not finite as -1
+
+    def _keep_norm(self) -> Tensor:
+        """The global gradient norm, which step() would compute a second time."""
+        known = self._zero.scaled_global_norm()
+        self._zero.scaled_global_norm = lambda norm_type=2: known
+        return known
+
+    def update(self, learning_rate: float) -> None:
         for group in self._zero.optimizer.param_groups:
             group["lr"] = learning_rate
-        self._reduce()
         self._zero.step()
+        self._forget_gradients()
+
+    def discard(self) -> None:
+        self._zero._release_preflattened_grad_buffers()  # as DeepSpeed does after an overflow
+        for index in self._zero.averaged_gradients:
+            self._zero.averaged_gradients[index] = self._zero.all_grad_tensors[index] = None
+        self._zero.micro_step_id = -1
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
+        self._zero.__dict__.pop("scaled_global_norm", None)  # the class's own again
+        self._zero.__dict__.pop("_get_norm_groups", None)
         self._zero.zero_grad(set_to_none=True)
-        return float(self._zero._global_grad_norm)
 
     def _reduce(self) -> None:
         """Bring the gradients of all microbatches and ranks where the update expects them."""
@@ -312,6 +334,14 @@ class PartitionedWeights(_ByMicrobatch):
         if chunk.share_embeddings_and_output_weights:  # the head uses a weight that another module owns
             deepspeed.zero.register_external_parameter(chunk.output_layer, chunk.embedding.word_embeddings.weight)
         return zero
+
+    def _keep_norm(self) -> Tensor:
+        groups = self._zero._get_norm_groups()
+        self._zero._get_norm_groups = lambda: groups
+        return combine_grad_norm_groups(groups)
+
+    def discard(self) -> None:
+        self._forget_gradients()  # the first microbatch of the next step overwrites what is accumulated
 
     def _flat_masters(self) -> list[Tensor]:
         return self._zero.fp32_partitioned_groups_flat

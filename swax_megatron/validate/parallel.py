@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from swax_megatron.batching import batch_sizes
 from swax_megatron.model.cost import VOCABULARY_MULTIPLE, padded_vocab_size
 from swax_megatron.schema import Config
 
@@ -83,10 +84,9 @@ def check_pipeline(config: Config, layers: int) -> None:
 
 def check_world(config: Config, world_size: int | None) -> None:
     parallel, train = config.parallel, config.train
-    if train.global_batch_size % train.micro_batch_size:
-        raise ValueError(
-            f"train.global_batch_size={train.global_batch_size}: must be a multiple of train.micro_batch_size={train.micro_batch_size}"
-        )
+    for field, size in batch_sizes(config):
+        if size % train.micro_batch_size:
+            raise ValueError(f"{field}={size}: must be a multiple of train.micro_batch_size={train.micro_batch_size}")
     if world_size is None:
         return
     size = model_parallel_size(config)
@@ -97,15 +97,16 @@ def check_world(config: Config, world_size: int | None) -> None:
         )
     replicas = world_size // size
     rows = train.micro_batch_size * replicas
-    if train.global_batch_size % rows:
-        raise ValueError(
-            f"train.global_batch_size={train.global_batch_size}: must be divisible by train.micro_batch_size={train.micro_batch_size} x "
-            f"{replicas} data-parallel replicas, e.g. train.global_batch_size={-(-train.global_batch_size // rows) * rows}"
-        )
-    microbatches = train.global_batch_size // rows
-    if (parallel.virtual_pipeline or 1) > 1 and microbatches % parallel.pipeline:
-        raise ValueError(
-            f"parallel.virtual_pipeline={parallel.virtual_pipeline}: the interleaved schedule needs microbatches in multiples of "
-            f"parallel.pipeline={parallel.pipeline}, there are {microbatches}; "
-            f"e.g. train.global_batch_size={-(-microbatches // parallel.pipeline) * parallel.pipeline * rows}"
-        )
+    for field, batch in batch_sizes(config):
+        if batch % rows:
+            raise ValueError(
+                f"{field}={batch}: must be divisible by train.micro_batch_size={train.micro_batch_size} x "
+                f"{replicas} data-parallel replicas, e.g. {field}={-(-batch // rows) * rows}"
+            )
+        microbatches = batch // rows
+        if (parallel.virtual_pipeline or 1) > 1 and microbatches % parallel.pipeline:
+            raise ValueError(
+                f"parallel.virtual_pipeline={parallel.virtual_pipeline}: the interleaved schedule needs microbatches in multiples of "
+                f"parallel.pipeline={parallel.pipeline}, there are {microbatches}; "
+                f"e.g. {field}={-(-microbatches // parallel.pipeline) * parallel.pipeline * rows}"
+            )

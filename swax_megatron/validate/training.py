@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from swax_megatron.batching import rows_before
 from swax_megatron.config import field_paths
 from swax_megatron.schema import Config
 
@@ -12,13 +13,23 @@ def check_optimizer(config: Config) -> None:
         raise ValueError(
             f"optimizer.min_learning_rate={optimizer.min_learning_rate}: must not exceed optimizer.learning_rate={optimizer.learning_rate}"
         )
-    unit = train.global_batch_size * config.data.sequence_length if optimizer.schedule_unit == "tokens" else 1
-    total = train.steps * unit
+    total = rows_before(config, train.steps) * config.data.sequence_length if optimizer.schedule_unit == "tokens" else train.steps
     if total and optimizer.warmup > total:
         raise ValueError(
             f"optimizer.warmup={optimizer.warmup}: the run has {total} {optimizer.schedule_unit} and would end in its warm-up; "
             f"use e.g. optimizer.warmup={max(1, total // 10)}, or more train.steps"
         )
+
+
+def check_batch_ramp(config: Config) -> None:
+    before = 0
+    for index, phase in enumerate(config.train.batch_ramp):
+        where = f"train.batch_ramp.{index}"
+        if phase.until_step <= before:
+            raise ValueError(f"{where}.until_step={phase.until_step}: must be more than {before}, where the phase before it ends")
+        if phase.rows < 1:
+            raise ValueError(f"{where}.rows={phase.rows}: must be at least 1")
+        before = phase.until_step
 
 
 def check_checkpoint(config: Config) -> None:
@@ -47,3 +58,14 @@ def check_kernels(config: Config, cuda: bool | None) -> None:
         cuda = torch.cuda.is_available()
     if not cuda:
         raise ValueError("kernels.backend='triton': Triton kernels need a CUDA GPU and there is none; use kernels.backend=auto")
+
+
+def check_resilience(config: Config, world_size: int | None) -> None:
+    resilience = config.resilience
+    if resilience.spike_minimum > resilience.spike_history:
+        raise ValueError(
+            f"resilience.spike_minimum={resilience.spike_minimum}: only resilience.spike_history={resilience.spike_history} losses are "
+            "kept, so no step would ever be judged; lower spike_minimum or raise spike_history"
+        )
+    if resilience.fault != "none" and world_size is not None and resilience.fault_rank >= world_size:
+        raise ValueError(f"resilience.fault_rank={resilience.fault_rank}: the run has the ranks 0 to {world_size - 1}; name one of them")

@@ -4,6 +4,7 @@ every recomputation; documents that cross the seams, windows beyond a piece, ful
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,18 @@ def test_the_comparison_sees_a_gradient_lost_between_pieces(kind: str, workers: 
     losses = {metric: expected[0][metric] for metric in ("loss/train", "loss/validation")}  # which would tell as well
     with pytest.raises(AssertionError):
         compare(({**histories[0], **losses}, runs.weights(Path(raw["run_dir"]), END)), expected)
+
+
+def test_tokens_of_padded_rows_are_counted_once(workers: Any, corpus: Path, tmp_path: Path) -> None:
+    """Every rank that shares a row reads all of it; rows of whole documents end in padding, which is counted nowhere."""
+    logged = []
+    for size in (1, 2):
+        raw = runs.small_config(corpus, tmp_path / str(size), data={"packing": "best_fit"}, parallel={"context": size}, train={"steps": 2})
+        workers(size).run(runs.train, raw)
+        logged.append([json.loads(line) for line in (tmp_path / str(size) / "metrics.jsonl").read_text().splitlines()])
+    for whole, pieces in zip(*logged, strict=True):
+        assert pieces["data/tokens_seen"] == whole["data/tokens_seen"] and whole["data/tokens_seen"] % runs.SEQUENCE_LENGTH
+        assert pieces["loss/train"] == pytest.approx(whole["loss/train"], abs=2e-5)
 
 
 def test_bf16_pieces_stay_within_bf16_rounding(workers: Any, started: Any) -> None:
