@@ -52,9 +52,10 @@ def train_twice(config: Any, groups: Any) -> tuple[int, int]:
     for step in range(2):
         if step:
             torch.cuda.reset_peak_memory_stats()
-        backend.zero_grad()
+        backend.zero_grad(len(batches))
         run_microbatches(Pass(config, groups, backend.chunks, windows), batches, backward=True)
-        backend.step(1e-5)
+        backend.reduce()
+        backend.update(1e-5)
         torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
 

@@ -98,7 +98,7 @@ class Trainer:
         waited = time.perf_counter() - started
 
         self.progress.enter("compute", step, size)
-        self.backend.zero_grad()
+        self.backend.zero_grad(len(batches))
         totals = run_microbatches(Pass(self.config, self.groups, self.backend.chunks, windows), batches, backward=True)
         rate = learning_rate(self.config, step, self.state.tokens_seen)
         self.progress.enter("update", step, size)

@@ -154,12 +154,14 @@ class Checkpoints(Callback):
         if self._saver is not None:
             self._saver.finish(trainer.groups.cpu)
 
-    def discard_after(self, step: int) -> None:
-        """After a rewind: delete the checkpoints of later steps, here and at the remote place (rank 0), so that no restart resumes them."""
+    def discard_after(self, trainer: Trainer, step: int) -> None:
+        """Delete the checkpoints of later steps here and in the remote place: a restart must not resume them (a collective)."""
+        self.finish(trainer)
         discard_after(self.root, step)
-        if self._remote is not None and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0):
-            for later in [each for each in self._remote.steps() if each > step]:
+        if self._remote is not None and trainer.groups.rank == 0:
+            for later in sorted((found for found in self._remote.steps() if found > step), reverse=True):
                 self._remote.remove(later)
+        self.saved_step = -1
 
     def _keep(self, path: Path, ranks: Any, config: Config) -> None:
         """What follows a complete checkpoint: its copy, and retention. In the saving thread where there is one."""

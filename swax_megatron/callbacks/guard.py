@@ -76,7 +76,7 @@ class SpikeGuard(Callback):
                 f"{streak} and the run went back {len(state.guard.rewinds)} times already "
                 f"(resilience.max_rewinds={settings.max_rewinds}). Look at events.jsonl and the data; then lower optimizer.learning_rate"
             )
-        self.checkpoints.finish(trainer)  # a save in flight may be one to go back to, or to discard
+        self.checkpoints.finish(trainer)  # a save in flight may be the one to go back to
         first_bad = step + 1 - state.guard.streak(step)
         target = [self._target(state.guard.rewinds, first_bad) if groups.rank == 0 else None]
         dist.broadcast_object_list(target, src=0, group=groups.cpu)
@@ -86,13 +86,13 @@ class SpikeGuard(Callback):
                 "Start anew with a lower optimizer.learning_rate, or save more often (checkpoint.interval, checkpoint.keep_last)"
             )
         checkpoint = open_checkpoint(target[0])
+        self.checkpoints.finish(trainer)  # what is being saved belongs to the steps that are taken back
         self.checkpoints.load(trainer, checkpoint)
         window = {"step": step, "to": checkpoint.step, "first_sample": trainer.state.data.sample, "end_sample": state.data.sample}
         trainer.state = replace(trainer.state, data=state.data, guard=trainer.state.guard.rewound(state.guard, window))
         for callback in trainer.callbacks:
             callback.on_rewind(trainer, step)
-        self.checkpoints.discard_after(checkpoint.step)
-        self.checkpoints.saved_step = -1
+        self.checkpoints.discard_after(trainer, checkpoint.step)
         self.checkpoints.save(trainer)
         trainer.record("rewind", **window)
         if groups.rank == 0:

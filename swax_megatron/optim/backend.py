@@ -23,8 +23,8 @@ class OptimizerBackend(Protocol):
 
     chunks: list[nn.Module]
 
-    def zero_grad(self) -> None:
-        """Forget the gradients of the last step."""
+    def zero_grad(self, microbatches: int) -> None:
+        """Forget the gradients of the last step; the coming one will add up ``microbatches``."""
 
     def reduce(self) -> float:
         """Reduce gradients over all ranks; the global gradient norm before clipping, infinite or NaN where one is not finite."""

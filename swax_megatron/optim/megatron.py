@@ -57,7 +57,10 @@ class MegatronBackend:
                 settings, self.chunks, config_overrides={undecayed: {"wd_mult": 0.0}}, use_gloo_process_groups=False
             )
 
-    def zero_grad(self) -> None:
+    def zero_grad(self, microbatches: int) -> None:
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
@@ -76,7 +79,7 @@ class MegatronBackend:
             self._optimizer.step()
 
     def discard(self) -> None:
-        self.zero_grad()
+        self._forget_gradients()
 
     def fragments(self, *, saving: bool) -> list[Fragment]:
         pieces = []

@@ -141,37 +141,48 @@ class ZeroBackend:
         }
         return DeepSpeedZeroOptimizer(adamw, arguments.pop("param_names"), **arguments)
 
-    def zero_grad(self) -> None:
+    def zero_grad(self, microbatches: int) -> None:
         self._zero.zero_grad(set_to_none=True)
 
     def reduce(self) -> float:
         self._reduce()
-        norm = float(self._keep_norm())
+        known = self._known_norm = self._norm()
+        norm = float(known)
         return norm if norm >= 0.0 else float("nan")  # DeepSpeed may mask a norm that is not finite as -1
-
-    def _keep_norm(self) -> Tensor:
-        """The global gradient norm, which step() would compute a second time."""
-        known = self._zero.scaled_global_norm()
-        self._zero.scaled_global_norm = lambda norm_type=2: known
-        return known
 
     def update(self, learning_rate: float) -> None:
         for group in self._zero.optimizer.param_groups:
             group["lr"] = learning_rate
-        self._zero.step()
-        self._forget_gradients()
+        with self._norm_known():
+            self._zero.step()
+        self._zero.zero_grad(set_to_none=True)
 
     def discard(self) -> None:
-        self._zero._release_preflattened_grad_buffers()  # as DeepSpeed does after an overflow
-        for index in self._zero.averaged_gradients:
-            self._zero.averaged_gradients[index] = self._zero.all_grad_tensors[index] = None
         self._zero.micro_step_id = -1
-        self._forget_gradients()
-
-    def _forget_gradients(self) -> None:
-        self._zero.__dict__.pop("scaled_global_norm", None)  # the class's own again
-        self._zero.__dict__.pop("_get_norm_groups", None)
+        self._forget_partitions()
         self._zero.zero_grad(set_to_none=True)
+
+    def _norm(self) -> Tensor:
+        """The global norm of the reduced gradients (a collective)."""
+        return self._zero.scaled_global_norm()
+
+    @contextlib.contextmanager
+    def _norm_known(self) -> Iterator[None]:
+        """DeepSpeed's step would compute the norm a second time."""
+        self._zero.scaled_global_norm = lambda norm_type=2: self._known_norm
+        try:
+            yield
+        finally:
+            del self._zero.scaled_global_norm  # the class's own again
+
+    def _forget_partitions(self) -> None:
+        """As DeepSpeed does after an overflow."""
+        self._zero._release_preflattened_grad_buffers()
+        if self._config.optimizer.offload:
+            self._zero.reset_cpu_buffers()
+            return
+        for added_up in (self._zero.averaged_gradients, self._zero.all_grad_tensors):
+            added_up.update(dict.fromkeys(added_up))
 
     def _reduce(self) -> None:
         """Bring the gradients of all microbatches and ranks where the update expects them."""
@@ -255,21 +266,17 @@ class _ByMicrobatch(ZeroBackend):
 
     def __init__(self, config: Config, chunks: list[nn.Module], groups: Groups) -> None:
         super().__init__(config, chunks, groups)
-        self._microbatches = config.train.global_batch_size // (config.train.micro_batch_size * groups.replicas)
-        self._begun = 0
+        self._microbatches = self._begun = 0
         (chunk,) = chunks
         chunk.register_forward_pre_hook(self._before_forward)
 
-    def zero_grad(self) -> None:
+    def zero_grad(self, microbatches: int) -> None:
         if self._begun:  # a step that was given up after its backward passes: empty the buckets, forget what was added up
             self._begun = 0
             self._zero.independent_gradient_partition_epilogue()
             self._forget_partitions()
-        super().zero_grad()
-
-    def _forget_partitions(self) -> None:
-        for added_up in (self._zero.averaged_gradients, self._zero.all_grad_tensors):
-            added_up.update(dict.fromkeys(added_up))
+        self._microbatches = microbatches
+        super().zero_grad(microbatches)
 
     def _before_forward(self, chunk: nn.Module, _: object) -> None:
         if not (chunk.training and torch.is_grad_enabled()):
@@ -335,16 +342,19 @@ class PartitionedWeights(_ByMicrobatch):
             deepspeed.zero.register_external_parameter(chunk.output_layer, chunk.embedding.word_embeddings.weight)
         return zero
 
-    def _keep_norm(self) -> Tensor:
-        groups = self._zero._get_norm_groups()
-        self._zero._get_norm_groups = lambda: groups
-        return combine_grad_norm_groups(groups)
-
-    def discard(self) -> None:
-        self._forget_gradients()  # the first microbatch of the next step overwrites what is accumulated
-
     def _flat_masters(self) -> list[Tensor]:
         return self._zero.fp32_partitioned_groups_flat
+
+    def _norm(self) -> Tensor:
+        return combine_grad_norm_groups(self._zero._get_norm_groups())
+
+    @contextlib.contextmanager
+    def _norm_known(self) -> Iterator[None]:
+        self._zero._get_norm_groups = lambda: [self._known_norm]
+        try:
+            yield
+        finally:
+            del self._zero._get_norm_groups
 
     def _forget_partitions(self) -> None:
         """The next step's first microbatch overwrites them."""
