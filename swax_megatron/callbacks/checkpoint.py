@@ -144,6 +144,7 @@ class Checkpoints(Callback):
         else:
             if self._saver is None:
                 self._saver = BackgroundSaver(config.train.distributed_timeout)
+            self.finish(trainer)
             self._blocked = 0.0
             self._saver.start(self.root, state.step, trainer.backend.fragments(saving=True), then=then, **arguments)
             self._blocked += time.perf_counter() - started
