@@ -76,6 +76,6 @@ def probed(model: SwaxForCausalLM, report: Report) -> Iterator[None]:
 
 def _long_documents(dataset: ShardedDataset, length: int) -> Iterator[Any]:
     for shard in range(len(dataset.shards)):
-        for number, size in enumerate(dataset.shard(shard).lengths):
+        for number, size in enumerate(dataset.index(shard).lengths):
             if size >= length // 2:
                 yield dataset.document(shard, number)[:length]
