@@ -34,7 +34,7 @@ REQUIREMENTS = [
     "einops>=0.8",  # megatron-core imports it and does not declare it
     "psutil>=5.9",
     "packaging>=24.2",
-    "fsspec[http]>=2024.6",  # remote data sets; object stores need their own package, e.g. the extra s3
+    "fsspec[http]>=2024.6",  # remote data sets and copies of checkpoints; object stores need their own package, e.g. the extra s3
     "setuptools",  # TensorBoard and torch's C++ extensions import it at run time
     "ninja",
     'triton>=3.4; python_version >= "3.12"',  # megatron-core 0.18 and later import it
