@@ -43,6 +43,6 @@ class StepResult:
     seconds: float
     tokens: int
     metrics: dict[str, float] = field(default_factory=dict)
-    histograms: dict[str, list[float]] = field(default_factory=dict)
     data_wait: float = 0.0  # this rank's seconds until it had its rows
     busy: float = 0.0  # this rank's seconds in forward passes
+    histograms: dict[str, list[float]] = field(default_factory=dict)
