@@ -136,7 +136,7 @@ def test_pieces_equal_whole_rows(size: int, workers: Callable[[int], Workers]) -
     for rank, errors in enumerate(workers(4).run(all_errors, size)):
         assert len(errors) == (len(DOCUMENTS) * (len(GATES) + 7) if rank < size else 0)
         for case, error in errors.items():
-            assert error < 1e-11, f"rank {rank} of {size}, {case}: {error:.1e}"
+            assert error < 1e-10, f"rank {rank} of {size}, {case}: {error:.1e}"
 
 
 def bytes_sent(size: int, piece: int) -> dict[str, int]:
