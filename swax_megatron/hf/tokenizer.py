@@ -45,6 +45,15 @@ HARD_STRINGS = (
 
 def read_model(path: str | Path) -> sentencepiece_model_pb2.ModelProto:
     """Parse a .model file. ValueError where it is none or has a setting that has no exact counterpart."""
+    proto = parse_model(path)
+    problem = _inexact(proto)
+    if problem:
+        raise ValueError(f"tokenizer {path} cannot be converted exactly: {problem}")
+    return proto
+
+
+def parse_model(path: str | Path) -> sentencepiece_model_pb2.ModelProto:
+    """Parse a .model file of any kind. ValueError where it is none."""
     proto = sentencepiece_model_pb2.ModelProto()
     try:
         proto.ParseFromString(Path(path).read_bytes())
@@ -54,9 +63,6 @@ def read_model(path: str | Path) -> sentencepiece_model_pb2.ModelProto:
         raise ValueError(f"tokenizer {path} is no SentencePiece model: {error}") from error
     if not proto.pieces:
         raise ValueError(f"tokenizer {path} is no SentencePiece model: it holds no pieces")
-    problem = _inexact(proto)
-    if problem:
-        raise ValueError(f"tokenizer {path} cannot be converted exactly: {problem}")
     return proto
 
 
@@ -171,6 +177,6 @@ def check_same_ids(
     for start in range(0, len(texts), batch):
         part = texts[start : start + batch]
         wanted = processor.encode(part)
-        for text, want, got in zip(part, wanted, tokenizer.encode_batch(part), strict=True):
+        for text, want, got in zip(part, wanted, tokenizer.encode_batch(part, add_special_tokens=False), strict=True):
             if want != got.ids:
                 raise ValueError(f"the tokenizer cannot be converted exactly: {text[:60]!r} gives {want[:12]}, converted {got.ids[:12]}")
