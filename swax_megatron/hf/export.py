@@ -29,7 +29,7 @@ from swax_megatron.hf.targets import TARGETS, Target, parameter_shapes
 from swax_megatron.hf.tokenizer import export_tokenizer
 from swax_megatron.schema import Config
 
-MODEL_FILES = ("configuration_swax.py", "cell_swax.py", "modeling_swax.py")
+MODEL_FILES = ("configuration_swax.py", "cell_swax.py", "kernels_swax.py", "masks_swax.py", "modeling_swax.py")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PARAMETER = "param."  # prefix of the weights among a checkpoint's keys
 EPILOG = "example:\n  python -m swax_megatron.hf.export --checkpoint runs/my-run --out exports/my-model --dtype bf16"
