@@ -67,12 +67,23 @@ def write_state(cache, layer_idx, state):
 # ------------------------------------------------------------------------------------------------------------- layers
 
 
-def linear(inputs, outputs, std=None, bias=None):
-    """A projection; ``std`` of its fresh weights (None: initializer_range), first and last value of its fresh bias."""
-    projection = nn.Linear(inputs, outputs, bias=bias is not None)
+def linear(inputs, outputs, std=None):
+    """A projection; ``std`` of its fresh weights (None: initializer_range)."""
+    projection = nn.Linear(inputs, outputs, bias=False)
     if std is not None:
-        projection.initial = (std, bias)
+        projection.initial = (std, None)
     return projection
+
+
+class SwaxGate(nn.Linear):
+    """The pre-activation of a gate, one scalar a head, in fp32. Fresh weights are 0, the fresh bias runs from ``first`` to ``last``."""
+
+    def __init__(self, inputs, heads, first, last):
+        super().__init__(inputs, heads)
+        self.initial = (0.0, (first, last))
+
+    def forward(self, x):
+        return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
 def output_std(config):
@@ -121,16 +132,15 @@ class SwaxMLSTM(nn.Module):
         self.k_proj = linear(width, heads * self.qk_dim)
         self.v_proj = linear(width, heads * self.v_dim)
         self.ogate_proj = linear(width, heads * self.v_dim, std=0.0)
-        self.igate_proj = linear(width, heads, std=0.0, bias=(-10.0, -10.0))
-        self.fgate_proj = linear(width, heads, std=0.0, bias=(3.0, 6.0))
+        self.igate_proj = SwaxGate(width, heads, -10.0, -10.0)
+        self.fgate_proj = SwaxGate(width, heads, 3.0, 6.0)
         self.head_norm = SwaxHeadLayerNorm(heads, self.v_dim, config.norm_eps)
         self.out_proj = linear(heads * self.v_dim, width, std=output_std(config))
 
     def forward(self, x_btm, padding_mask_bt=None, past_key_values=None, kernels=None):
         qkv = [projection(x_btm).unflatten(-1, (self.num_heads, -1)) for projection in (self.q_proj, self.k_proj, self.v_proj)]
         with torch.autocast(device_type=x_btm.device.type, enabled=False):
-            x_fp32 = x_btm.float()
-            gates = [F.linear(x_fp32, gate.weight.float(), gate.bias.float()) for gate in (self.igate_proj, self.fgate_proj)]
+            gates = self.igate_proj(x_btm), self.fgate_proj(x_btm)
             state = read_state(past_key_values, self.layer_idx)
             if kernels is None:
                 h_bthv, state = self._cell(*qkv, *gates, padding_mask_bt, state)
@@ -398,6 +408,7 @@ class SwaxForCausalLM(SwaxPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **{key: value for key, value in kwargs.items() if key in ("output_hidden_states", "output_attentions")},
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
