@@ -39,7 +39,8 @@ REQUIREMENTS = [
 ]
 TRITON = "triton>=3.6,<3.7"  # what the kernels and their interpreter tests ran with
 EXTRAS = {
-    "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9"],
+    "eval": ["lm_eval>=0.4.9,<0.5"],
+    "test": ["accelerate>=1.1", "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9"],
     "kernels": [TRITON],
 }
 

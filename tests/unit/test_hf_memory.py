@@ -19,7 +19,7 @@ from tests.texts import small_tokenizer
 from tests.unit.hf_checkpoints import raw_config, write_data
 
 ROOT = Path(__file__).parents[2]
-SHARD = 32_000_000  # bytes; the model has 150 MB in fp32, its largest tensor 11 MB
+SHARD = 64_000_000  # bytes; the model has 197 MB in fp32, its largest tensor 11 MB
 
 
 def empty_checkpoint(root: Path, raw: dict) -> Path:
@@ -55,14 +55,15 @@ def test_peak_memory(tmp_path):
     added = measured("export", checkpoints["small"], checkpoints["large"], tmp_path / "out", *shard)
     files = list((tmp_path / "out").glob("*.safetensors"))
     print(f"export added {added / 1e6:.1f} MB, shard {SHARD / 1e6:.0f} MB, model {sum(file.stat().st_size for file in files) / 1e6:.0f} MB")
-    assert len(files) >= 4 and added <= 1.1 * SHARD
+    assert len(files) == 4 and added <= 1.1 * SHARD
     raw = {
         "window": base["window"],
         "data": {"sequence_length": 64, "train": [{"path": str(data)}]},
         "train": {"precision": "fp32", "steps": 10, "global_batch_size": 2},
         "validation": {"interval": 0},
+        "optimizer": {"warmup": 1},
     }
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(raw))
     added = measured("import", tmp_path / "out-small", tmp_path / "out", tmp_path / "run", tmp_path / "train.yaml")
     print(f"import added {added / 1e6:.1f} MB")
-    assert added <= 1.1 * SHARD
+    assert added <= 1.5 * SHARD  # of 590 MB that it writes
