@@ -28,6 +28,7 @@ REQUIREMENTS = [
     "pyarrow>=15",
     "zstandard>=0.22",
     "tensorboard>=2.16,<3",
+    "matplotlib>=3.8,<4",  # plots of swax_megatron.report
     "pyyaml>=6",
     "pydantic>=2,<3",
     "einops>=0.8",  # megatron-core imports it and does not declare it

@@ -3,7 +3,8 @@
 The number of processes follows from the configuration and the devices; the model-parallel size (tensor x pipeline x
 context) must divide it, and what remains is data parallelism. Workers are started by torch's elastic agent, so a rank
 that dies ends the others, and SIGTERM and SIGINT reach all of them. Exit codes: 2 for a mistake in the configuration
-(nothing was started), 128 + n when signal n ended the run, else the code of the worker that failed first.
+(nothing was started), 75 when the run was told to stop and saved, 128 + n when signal n ended it unsaved, else the code
+of the worker that failed first (``swax_megatron.errors.ExitCode``).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import logging
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,10 +21,12 @@ from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from swax_megatron.config import describe, load_config, to_yaml
+from swax_megatron.errors import ExitCode
+from swax_megatron.resilience.events import ended_with, size
 from swax_megatron.schema import Config
 from swax_megatron.validate import model_parallel_size, validate, validate_inputs, validate_run_dir
 
@@ -110,6 +114,7 @@ def make_plan(config: Config, arguments: Sequence[str], requested: int | None) -
 def start(plan: Plan, run_dir: Path) -> int:
     """Run the workers to the end and return the exit code. Logs of every rank lie under run_dir/logs."""
     os.environ.update(plan.environment)
+    before = size(run_dir)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the failure is reported below, in one line
     settings = LaunchConfig(
         min_nodes=1,
@@ -128,11 +133,15 @@ def start(plan: Plan, run_dir: Path) -> int:
     try:
         elastic_launch(settings, plan.command[0])(*plan.command[1:])
     except ChildFailedError as failure:
-        return _report(failure, run_dir)
+        code = _report(failure, run_dir)
     except SignalException as stop:
         print(f"stopped by {stop.sigval.name}; every rank was told", file=sys.stderr)
-        return 128 + stop.sigval
-    return 0
+        code = 128 + stop.sigval
+    else:
+        return ExitCode.FINISHED
+    # the agent tells no code after a signal, and of ranks that end within a second any one's: the run itself knows better
+    told = ended_with(run_dir, before)
+    return told if told in (ExitCode.FINISHED, ExitCode.PREEMPTED, ExitCode.HUNG) else code
 
 
 def _told_on_console(run_dir: Path, log: Path | None) -> bool:
@@ -149,13 +158,24 @@ def _sentence(log: Path | None) -> str | None:
     return next((line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")), None)
 
 
+def _cause(failure: ChildFailedError) -> tuple[int, ProcessFailure]:
+    """The rank that failed first; among those of one second, one that is no consequence (a lost peer, the agent's signal)."""
+    first = failure.get_first_failure()[1].timestamp
+    close = [(rank, each) for rank, each in sorted(failure.failures.items()) if each.timestamp <= first + 1]
+    return next((one for one in close if one[1].exitcode not in (ExitCode.CRASHED, -signal.SIGTERM)), close[0])
+
+
 def _report(failure: ChildFailedError, run_dir: Path) -> int:
-    rank, first = failure.get_first_failure()
+    rank, first = _cause(failure)
     code = first.exitcode if first.exitcode >= 0 else 128 - first.exitcode
     cause = f"exit code {first.exitcode}" if first.exitcode >= 0 else f"signal {-first.exitcode}"
     log = next(iter(sorted(run_dir.glob(f"logs/*/attempt_0/{rank}/stderr.log"), key=lambda p: p.stat().st_mtime, reverse=True)), None)
-    if first.exitcode in (1, 2) and _told_on_console(run_dir, log):
+    if first.exitcode == ExitCode.PREEMPTED:
+        print("stopped as it was told, and saved; the same command continues it", file=sys.stderr)
+        return code
+    if first.exitcode in (ExitCode.RUN_ERROR, ExitCode.USER_ERROR) and _told_on_console(run_dir, log):
         return code  # a user's error or a run that cannot go on: its one sentence is enough
+    code = ExitCode.CRASHED if code == ExitCode.RUN_ERROR else code  # no sentence: the interpreter or a library ended it
     if rank != 0 and log is not None:  # rank 0's lines are on the console already
         print("".join(f"  {line}\n" for line in log.read_text(errors="replace").splitlines()[-20:]), end="", file=sys.stderr)
     print(f"rank {rank} ended first, with {cause}; its log: {log}", file=sys.stderr)
@@ -181,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             validate_run_dir(config)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return ExitCode.USER_ERROR
     print(plan.describe(config), file=sys.stderr)
     if arguments.dry_run:
         print("# " + " ".join(f"{key}={value}" for key, value in plan.environment.items()) + " " + shlex.join(plan.command))

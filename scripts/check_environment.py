@@ -34,6 +34,7 @@ MODULES = {  # what is imported -> the distribution that brings it
     "pydantic": "pydantic",
     "einops": "einops",
     "psutil": "psutil",
+    "matplotlib": "matplotlib",
 }
 BUILD_OP = """
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -28,11 +29,16 @@ class Pass:
 
 @dataclass(frozen=True)
 class Totals:
-    """Over the whole global batch, equal on every rank. loss: nats per unmasked target."""
+    """Over the whole global batch, equal on every rank but for ``busy``. loss: nats per unmasked target.
+
+    busy: seconds from the ranks' meeting at the start to where this rank was done with forward and backward. Ranks of one
+    copy of the model wait for each other in it, copies (data parallelism) do not.
+    """
 
     loss: float
     worst_rank_loss: float
     targets: float
+    busy: float = 0.0
 
 
 def run_microbatches(job: Pass, batches: Sequence[Batch], *, backward: bool) -> Totals:
@@ -46,6 +52,7 @@ def run_microbatches(job: Pass, batches: Sequence[Batch], *, backward: bool) -> 
     mine = torch.stack([batch.loss_mask_bt.sum() for batch in batches]).sum()
     targets = mine.clone()
     dist.all_reduce(targets, group=groups.data)
+    started = time.perf_counter()
     scale = len(batches) * groups.data_size / targets.clamp(min=1.0)
 
     def forward_step(iterator: object, chunk: nn.Module) -> tuple[Tensor, Callable]:
@@ -69,7 +76,10 @@ def run_microbatches(job: Pass, batches: Sequence[Batch], *, backward: bool) -> 
         backward=backward,
     )
     summed = torch.stack([report["loss"] for report in reports]).sum() if reports else torch.zeros((), device=device)
-    return _reduce(summed, mine, targets, groups, on_last_stage=bool(reports))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # reading the loss below waits for the same work
+    busy = time.perf_counter() - started
+    return replace(_reduce(summed, mine, targets, groups, on_last_stage=bool(reports)), busy=busy)
 
 
 def _reduce(summed: Tensor, mine: Tensor, targets: Tensor, groups: Groups, *, on_last_stage: bool) -> Totals:

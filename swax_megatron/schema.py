@@ -182,6 +182,35 @@ class MonitorConfig:
     )
 
 
+FaultKind = Literal[
+    "none", "kill", "segfault", "stop", "gil", "exception", "sleep", "slow", "nan", "spike", "sigterm", "disk_full", "corrupt"
+]
+
+
+@dataclass
+class ResilienceConfig:
+    """Spikes, hangs, stragglers, and the fault injector that tests them (docs/resilience.md)."""
+
+    spike_threshold: float = _f(
+        10.0, "robust standard deviations above the median loss of steps with the same window, from which an update is left out; 0: off"
+    )
+    spike_history: int = _f(128, "accepted losses of a window that the median is taken of")
+    spike_minimum: int = _f(64, "losses of a window that must be known before a step with it is judged")
+    spike_patience: int = _f(3, "left-out updates in a row after which the run goes back to a checkpoint and jumps over the data; 0: never")
+    max_skips: int = _f(50, "left-out updates after which the run stops")
+    max_rewinds: int = _f(3, "times the run may go back before it stops")
+    hang_factor: float = _f(10.0, "a section of a step that takes this many times its usual (by window) is a hang; 0: no watchdog")
+    hang_minimum: float = _f(180.0, "seconds: nothing shorter is a hang")
+    hang_unknown: float = _f(1800.0, "seconds: what was not timed before (start, first steps with a window, first save) may take this long")
+    straggler_interval: int = _f(50, "steps between comparisons of the ranks' own times; 0: never")
+    straggler_factor: float = _f(1.3, "a rank that takes this many times the median of all ranks is reported")
+    fault: FaultKind = _f("none", "fault injector, for tests: what is done to fault_rank at fault_step")
+    fault_rank: int = _f(0, "fault injector: the rank")
+    fault_step: int = _f(0, "fault injector: the 0-based step")
+    fault_steps: int = _f(1, "fault injector: how many steps from fault_step on (nan, spike, slow)")
+    fault_seconds: float = _f(1.0, "fault injector: how long (slow, sleep, gil)")
+
+
 @dataclass
 class Config:
     """A whole run."""
@@ -197,4 +226,5 @@ class Config:
     checkpoint: CheckpointConfig = _f(CheckpointConfig, "")
     kernels: KernelConfig = _f(KernelConfig, "")
     monitor: MonitorConfig = _f(MonitorConfig, "")
+    resilience: ResilienceConfig = _f(ResilienceConfig, "")
     format_version: int = _f(FORMAT_VERSION, "version of this format; a newer one is refused")

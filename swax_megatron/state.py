@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from swax_megatron.data.mixture import StreamState
+from swax_megatron.resilience.spikes import GuardState
 
 
 @dataclass
@@ -14,6 +15,22 @@ class TrainState:
     step: int
     tokens_seen: int
     data: StreamState
+    guard: GuardState = field(default_factory=GuardState)
+
+    @property
+    def updates(self) -> int:
+        """Updates that AdamW has really done: steps less the skipped ones."""
+        return self.step - len(self.guard.skipped)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A step's reduced gradient, before the weights move."""
+
+    step: int
+    attention_windows: tuple[int, ...]
+    loss: float
+    grad_norm: float
 
 
 @dataclass
@@ -26,3 +43,5 @@ class StepResult:
     seconds: float
     tokens: int
     metrics: dict[str, float] = field(default_factory=dict)
+    data_wait: float = 0.0  # this rank's seconds until it had its rows
+    busy: float = 0.0  # this rank's seconds of forward and backward before it met the others

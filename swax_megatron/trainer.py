@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import fields
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,12 +19,15 @@ from swax_megatron.data.mixture import Mixture, SequenceBatch
 from swax_megatron.data.packing import Batch, pack
 from swax_megatron.errors import RunError
 from swax_megatron.execution import Pass, run_microbatches
-from swax_megatron.model.window import WindowSchedule, check_agreement
+from swax_megatron.model.window import WindowSchedule, check_agreement, window_class
 from swax_megatron.optim.backend import OptimizerBackend
 from swax_megatron.optim.schedules import learning_rate
 from swax_megatron.parallel.groups import Groups
+from swax_megatron.resilience.events import Events
+from swax_megatron.resilience.progress import OVER, Progress
+from swax_megatron.resilience.stop import StopRequest
 from swax_megatron.schema import Config
-from swax_megatron.state import StepResult, TrainState
+from swax_megatron.state import Proposal, StepResult, TrainState
 
 
 class Trainer:
@@ -36,52 +40,80 @@ class Trainer:
         backend: OptimizerBackend,
         data: Mixture,
         callbacks: Iterable[Callback] = (),
+        stop: StopRequest | None = None,
+        events: Events | None = None,
     ) -> None:
         self.config, self.groups, self.backend, self.data = config, groups, backend, data
         self.eos_id = data.streams[0].dataset.eos_id
         self.windows = WindowSchedule.from_config(config)
         self.state = TrainState(0, 0, data.initial_state())
         self.callbacks = list(callbacks)
+        self.stop = stop or StopRequest(config.run_dir)
+        self.events = events or Events.of_next_attempt(config.run_dir)
+        self.progress = Progress()
         self.window_check_due = True  # the first step of a process is always checked
         self.late_metrics: dict[str, float] = {}  # measured after a step's metrics were written: told with the next step's
 
     def fit(self) -> None:
-        """Train to the configured number of steps."""
+        """Train to the configured number of steps, or to the step at which all ranks agree to stop."""
+        try:
+            self._fit()
+        finally:
+            self.progress.enter(OVER, self.state.step)
+
+    def _fit(self) -> None:
+        self.record("resume", step=self.state.step)
         for callback in self.callbacks:
             callback.on_start(self)
-        while self.state.step < self.config.train.steps:
+        while self.state.step < self.config.train.steps and not self.stop.agree(self.groups.cpu):
             result = self.train_step()
             for callback in self.callbacks:
+                self.progress.enter("callbacks", result.step)
                 callback.after_step(self, result)
+            self.progress.enter("agreement", result.step)
+        self.progress.enter("end", self.state.step)
+        if self.stop.agreed:
+            self.record("signal", reason=self.stop.reason, step=self.state.step)
         for callback in self.callbacks:
             callback.on_end(self)
+        if self.stop.agreed:
+            self.stop.finish(self.groups.cpu)
+
+    def record(self, event: str, **fields: Any) -> None:
+        """Tell an event of the run (rank 0)."""
+        if self.groups.rank == 0:
+            self.events.write(event, **fields)
 
     def train_step(self) -> StepResult:
         """One optimizer update on one global batch."""
         started = time.perf_counter()
         step, train = self.state.step, self.config.train
         windows = self.windows.layers(step)
+        size = window_class(self.windows.attention_windows(step))
+        self.progress.enter("data", step, size)
         self._check_windows(step, windows)
 
         plan, data = self.data.plan(self.state.data, train.global_batch_size)
         batches = self.load_microbatches(plan)
         waited = time.perf_counter() - started
 
+        self.progress.enter("compute", step, size)
         self.backend.zero_grad()
         totals = run_microbatches(Pass(self.config, self.groups, self.backend.chunks, windows), batches, backward=True)
         rate = learning_rate(self.config, step, self.state.tokens_seen)
-        grad_norm = self.backend.step(rate)
-        if not torch.isfinite(torch.tensor([totals.loss, grad_norm])).all():
-            raise RunError(
-                f"step {step}: loss {totals.loss} and gradient norm {grad_norm} are not both finite; nothing of this step is saved. "
-                "Resume from the last checkpoint with a lower optimizer.learning_rate, or inspect the data of this step"
-            )
+        self.progress.enter("update", step, size)
+        grad_norm = self.backend.reduce()
+        seen = self.windows.attention_windows(step)
+        proposal = Proposal(step, seen, totals.loss, grad_norm)
+        if any([callback.refuses(self, proposal) for callback in self.callbacks]):  # every callback looks: refusals may be collective
+            self.backend.discard()
+        else:
+            self.backend.update(rate)
         tokens = train.global_batch_size * self.config.data.sequence_length
-        self.state = TrainState(step + 1, self.state.tokens_seen + tokens, data)
+        self.state = TrainState(step + 1, self.state.tokens_seen + tokens, data, self.state.guard)
         if self.groups.device.type == "cuda":
             torch.cuda.synchronize(self.groups.device)  # the update and the gathering of weights belong to this step
         seconds = time.perf_counter() - started
-        seen = self.windows.attention_windows(step)
         metrics = {
             "loss/train": totals.loss,
             "loss/max_over_ranks": totals.worst_rank_loss,
@@ -95,7 +127,7 @@ class Trainer:
         }
         metrics |= self.late_metrics
         self.late_metrics = {}
-        return StepResult(step, windows, seen, seconds, tokens, metrics)
+        return StepResult(step, windows, seen, seconds, tokens, metrics, waited, totals.busy)
 
     def load_microbatches(self, plan: list, data: Mixture | None = None) -> list[Batch]:
         """This data-parallel rank's rows of a global batch, cut into microbatches on the device.
@@ -107,7 +139,12 @@ class Trainer:
         rows = len(plan) // self.groups.data_size
         mine = plan[self.groups.data_rank * rows : (self.groups.data_rank + 1) * rows]
         source = data or self.data
-        return [self._pack(source.load(mine[start : start + size])) for start in range(0, rows, size)]
+        try:
+            return [self._pack(source.load(mine[start : start + size])) for start in range(0, rows, size)]
+        except OSError as error:
+            raise RunError(
+                f"step {self.state.step}: training data cannot be read ({error}); put the data set back as it was, then start again"
+            ) from error
 
     def _pack(self, rows: SequenceBatch) -> Batch:
         batch = pack(rows.ids_bt1, rows.mask_bt1, self.eos_id, self.config.model.document_boundary)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the trainer runs callbacks; callbacks only need its type
-    from swax_megatron.state import StepResult
+    from swax_megatron.state import Proposal, StepResult
     from swax_megatron.trainer import Trainer
 
 
@@ -15,8 +15,18 @@ class Callback:
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step of this process."""
 
+    def refuses(self, trainer: Trainer, proposal: Proposal) -> bool:
+        """Whether this step's gradient must not be applied; the same answer on every rank."""
+        return False
+
+    def on_rewind(self, trainer: Trainer, step: int) -> None:
+        """The run stands at an earlier checkpoint again: what was done up to ``step`` counts no more from ``trainer.state.step`` on."""
+
+    def after_rewind(self, trainer: Trainer) -> None:
+        """The rewind is saved and told."""
+
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """After every update; ``trainer.state.step`` is already one more than ``result.step``."""
 
     def on_end(self, trainer: Trainer) -> None:
-        """After the last step."""
+        """After the last step of this process: ``trainer.stop.agreed`` where it was told to stop."""

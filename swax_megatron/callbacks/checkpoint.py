@@ -11,8 +11,9 @@ import torch
 
 from swax_megatron.callbacks.callback import Callback
 from swax_megatron.checkpoint.compatibility import check_resume
-from swax_megatron.checkpoint.store import latest, open_checkpoint, prune, save
+from swax_megatron.checkpoint.store import Checkpoint, latest, open_checkpoint, prune, save
 from swax_megatron.config import to_dict
+from swax_megatron.resilience.spikes import GuardState
 from swax_megatron.state import StepResult, TrainState
 
 if TYPE_CHECKING:
@@ -48,18 +49,29 @@ class Checkpoints(Callback):
         for change in check_resume(checkpoint.config, to_dict(config), config.checkpoint.allow_change, checkpoint.step):
             if groups.rank == 0:
                 _log.info("resume: %s", change)
-        data = trainer.data.state_from_json(checkpoint.state["data"], allow_new="data.train" in config.checkpoint.allow_change)
-        checkpoint.verify(group=groups.cpu)
-        checkpoint.read_into(trainer.backend.fragments(saving=False))
-        trainer.backend.loaded(checkpoint.step)
-        trainer.state = TrainState(checkpoint.step, checkpoint.state["tokens_seen"], data)
-        self._restore_generators(checkpoint.rank_state(groups.rank))
-        self.saved_step = checkpoint.step
+        self.load(trainer, checkpoint)
         if groups.rank == 0:
             _log.info("resumed from %s", found[0])
             if checkpoint.step == config.train.steps:
                 _log.info("all %d steps of train.steps are done: there is nothing left to train", checkpoint.step)
         return True
+
+    def load(self, trainer: Trainer, checkpoint: Checkpoint) -> None:
+        """Verify a checkpoint and put the run where it stood then (a collective)."""
+        config, groups = trainer.config, trainer.groups
+        data = trainer.data.state_from_json(checkpoint.state["data"], allow_new="data.train" in config.checkpoint.allow_change)
+        checkpoint.verify(group=groups.cpu)
+        checkpoint.read_into(trainer.backend.fragments(saving=False))
+        guard = GuardState.from_json(checkpoint.state.get("guard"))
+        trainer.state = TrainState(checkpoint.step, checkpoint.state["tokens_seen"], data, guard)
+        trainer.backend.loaded(trainer.state.updates)
+        self._restore_generators(checkpoint.rank_state(groups.rank))
+        self.saved_step = checkpoint.step
+
+    def on_end(self, trainer: Trainer) -> None:
+        """A run that was told to stop saves the step it stands at, once, unless nothing was done since the last save."""
+        if trainer.stop.agreed and trainer.state.step > max(0, self.saved_step):
+            self.save(trainer)
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         interval = trainer.config.checkpoint.interval
@@ -75,6 +87,8 @@ class Checkpoints(Callback):
         state, config = trainer.state, trainer.config
         if state.step == self.saved_step:
             return
+        trainer.progress.enter("checkpoint", state.step)
+        started = time.perf_counter()
         save(
             self.root,
             state.step,
@@ -83,12 +97,14 @@ class Checkpoints(Callback):
             state={
                 "tokens_seen": state.tokens_seen,
                 "data": trainer.data.state_to_json(state.data),
+                "guard": state.guard.to_json(),
                 "window_schedule": f"{trainer.windows.fingerprint():016x}",
             },
             rank_state=self._generators(),
             group=trainer.groups.cpu,
         )
         self.saved_step = state.step
+        trainer.record("saved", step=state.step, seconds=round(time.perf_counter() - started, 4))
         if trainer.groups.rank == 0 and config.checkpoint.keep_last:
             prune(self.root, config.checkpoint.keep_last)
 

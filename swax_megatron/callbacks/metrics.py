@@ -36,7 +36,7 @@ class Metrics(Callback):
     def on_start(self, trainer: Trainer) -> None:
         config, first = trainer.config, trainer.state.step
         self.peak = peak_tflops(config.monitor.peak_tflops, config.train.precision, trainer.groups.device)  # on every rank: equal load
-        self.started, self.productive, self.first = time.perf_counter(), 0.0, first
+        self.started, self.first = time.perf_counter(), first
         if trainer.groups.rank != 0:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -60,19 +60,26 @@ class Metrics(Callback):
             self.run_dir,
         )
 
-    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+    def on_rewind(self, trainer: Trainer, step: int) -> None:
         if self.writer is None:
             return
+        self.lines.close()
+        _keep_steps_before(self.path, trainer.state.step)
+        self.lines = self.path.open("a", encoding="utf-8")
+        self.writer.close()
+        self.writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=trainer.state.step)
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        if self.writer is None or trainer.state.step <= result.step:
+            return  # not rank 0, or undone by a rewind
         metrics, config = result.metrics, trainer.config
         rate = result.tokens / result.seconds / trainer.groups.world_size
         tflops = training_flops(config.model, config.data.sequence_length, result.windows) * rate / 1e12
-        self.productive += result.seconds
         metrics.update(
             {
                 "throughput/tokens_per_second_per_device": rate,
                 "throughput/model_tflops": tflops,
                 "throughput/mfu": tflops / self.peak,
-                "goodput/fraction": self.productive / max(time.perf_counter() - self.started, self.productive),
                 "data/epoch": max(trainer.data.epochs(trainer.state.data).values()),
                 **_memory(trainer.groups.device),
             }

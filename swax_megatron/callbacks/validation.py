@@ -24,18 +24,31 @@ class Validation(Callback):
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         interval, done = trainer.config.validation.interval, trainer.state.step
         if interval and (done % interval == 0 or done == trainer.config.train.steps):
+            trainer.progress.enter("validation", result.step)
             result.metrics.update(self.losses(trainer))
 
     def losses(self, trainer: Trainer) -> dict[str, float]:
-        """Validation loss by TensorBoard name: the test window's, and each window's."""
+        """Validation loss by TensorBoard name: the test window's, and each window's; nothing where the run is told to stop.
+
+        A pass takes as many rows as a training step, so that a stop is noticed as soon as it is between steps.
+        """
         config = trainer.config
         test = config.window.test_window
         batches = self._batches(trainer)
-        metrics = {}
+        metrics: dict[str, float] = {}
+        a_step = config.train.global_batch_size // (config.train.micro_batch_size * trainer.groups.data_size)
+        stages = trainer.groups.pipeline_size
+        size = max(1, a_step // stages) * stages  # the interleaved schedule wants a multiple of the stages
         for window in sorted({*config.window.windows, config.window.anneal_window, test}):
             job = Pass(config, trainer.groups, trainer.backend.chunks, trainer.windows.expand(window))
-            with torch.no_grad():
-                loss = run_microbatches(job, batches, backward=False).loss
+            summed = targets = 0.0
+            for start in range(0, len(batches), size):
+                if trainer.stop.agree(trainer.groups.cpu):
+                    return {}
+                with torch.no_grad():
+                    part = run_microbatches(job, batches[start : start + size], backward=False)
+                summed, targets = summed + part.loss * part.targets, targets + part.targets
+            loss = summed / max(targets, 1.0)
             metrics[f"loss/validation/window_{window}"] = loss
             if window == test:
                 metrics["loss/validation"] = loss

@@ -4,7 +4,7 @@
   and whatever would give steps already done another attention window. They are the past; another past is another run.
 * With the field named in ``checkpoint.allow_change``: what alters the steps to come (train.steps, batch size, optimizer, window,
   precision, source weights, further sources, and every field this file does not know).
-* Freely: layout, backend, micro-batch, recomputation, kernels, monitoring, validation, checkpointing, paths.
+* Freely: layout, backend, micro-batch, recomputation, kernels, monitoring, validation, checkpointing, resilience, paths.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from swax_megatron.model.window import WindowSchedule
 from swax_megatron.schema import Config
 
 _NEVER = {"train.model_seed", "train.data_seed", "data.sequence_length"}
-_FREE_SECTIONS = {"parallel", "validation", "checkpoint", "kernels", "monitor"}
+_FREE_SECTIONS = {"parallel", "validation", "checkpoint", "kernels", "monitor", "resilience"}
 _FREE = {
     "run_dir",
     "format_version",

@@ -93,6 +93,17 @@ class WindowSchedule:
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
+def window_class(windows: tuple[int, ...]) -> str:
+    """The name under which steps of comparable loss and duration are put together.
+
+    The window itself; where the layers differ, their mean rounded to a factor of sqrt(2) (a class a combination would
+    hardly ever be seen twice).
+    """
+    if len(set(windows)) == 1:
+        return str(windows[0])
+    return f"~{2 ** (round(2 * math.log2(sum(windows) / len(windows))) / 2):.0f}"
+
+
 def check_agreement(windows: tuple[int, ...], fingerprint: int, step: int, group: dist.ProcessGroup, device: torch.device) -> None:
     """Stop the run when ranks disagree on this step's windows or on the schedule (a collective over ``group``).
 

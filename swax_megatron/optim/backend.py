@@ -26,8 +26,14 @@ class OptimizerBackend(Protocol):
     def zero_grad(self) -> None:
         """Forget the gradients of the last step."""
 
-    def step(self, learning_rate: float) -> float:
-        """Reduce gradients over all ranks, clip them, update the weights; the global gradient norm before clipping."""
+    def reduce(self) -> float:
+        """Reduce gradients over all ranks; the global gradient norm before clipping, infinite or NaN where one is not finite."""
+
+    def update(self, learning_rate: float) -> None:
+        """Clip the reduced gradients and update the weights."""
+
+    def discard(self) -> None:
+        """Forget the reduced gradients instead: weights, moments and the count of updates stay as they are."""
 
     def fragments(self, *, saving: bool) -> list[Fragment]:
         """This rank's pieces of master weights and moments as boxes of the global tensors (views, filled in place on load).

@@ -53,15 +53,21 @@ class MegatronBackend:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
 
-    def step(self, learning_rate: float) -> float:
+    def reduce(self) -> float:
+        with cuda_type_names():  # the gradients are reduced already: Megatron's schedules end with that
+            if self._optimizer.prepare_grads():
+                return float("inf")
+            return float(self._optimizer.get_grad_norm())
+
+    def update(self, learning_rate: float) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
             group["weight_decay"] = self._weight_decay * group["wd_mult"]
         with cuda_type_names():
-            updated, grad_norm, _ = self._optimizer.step()
-        if not updated:
-            return float("inf")
-        return float(grad_norm)
+            self._optimizer.step()
+
+    def discard(self) -> None:
+        self.zero_grad()
 
     def fragments(self, *, saving: bool) -> list[Fragment]:
         pieces = []

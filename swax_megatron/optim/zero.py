@@ -103,15 +103,31 @@ class ZeroBackend:
     def zero_grad(self) -> None:
         self._zero.zero_grad(set_to_none=True)
 
-    def step(self, learning_rate: float) -> float:
-        for group in self._zero.optimizer.param_groups:
-            group["lr"] = learning_rate
+    def reduce(self) -> float:
         self._reduce_over_model_parallel_ranks()
         self._zero.set_gradient_accumulation_boundary(True)
         self._zero.reduce_gradients(pipeline_parallel=True)
+        known = self._zero.scaled_global_norm()
+        self._zero.scaled_global_norm = lambda norm_type=2: known  # step() would compute it a second time
+        norm = float(known)
+        return norm if norm >= 0.0 else float("nan")  # DeepSpeed may mask a norm that is not finite as -1
+
+    def update(self, learning_rate: float) -> None:
+        for group in self._zero.optimizer.param_groups:
+            group["lr"] = learning_rate
         self._zero.step()
+        self._forget_gradients()
+
+    def discard(self) -> None:
+        self._zero._release_preflattened_grad_buffers()  # as DeepSpeed does after an overflow
+        for index in self._zero.averaged_gradients:
+            self._zero.averaged_gradients[index] = self._zero.all_grad_tensors[index] = None
+        self._zero.micro_step_id = -1
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
+        del self._zero.scaled_global_norm  # the class's own again
         self._zero.zero_grad(set_to_none=True)
-        return float(self._zero._global_grad_norm)
 
     def fragments(self, *, saving: bool) -> list[Fragment]:
         pieces = []

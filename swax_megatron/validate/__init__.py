@@ -10,12 +10,13 @@ import tempfile
 from pathlib import Path
 
 from swax_megatron.model.pattern import parse_pattern
+from swax_megatron.resilience import STOP_FILE
 from swax_megatron.schema import Config
 from swax_megatron.validate.data import check_data, validate_inputs
 from swax_megatron.validate.model import check_model, check_window
 from swax_megatron.validate.parallel import check_pipeline, check_tensor_parallel, check_world, model_parallel_size
 from swax_megatron.validate.ranges import check_ranges
-from swax_megatron.validate.training import check_checkpoint, check_kernels, check_optimizer
+from swax_megatron.validate.training import check_checkpoint, check_kernels, check_optimizer, check_resilience
 
 __all__ = ["model_parallel_size", "validate", "validate_inputs", "validate_run_dir"]
 
@@ -38,11 +39,14 @@ def validate(config: Config, world_size: int | None = None, cuda: bool | None = 
     check_optimizer(config)
     check_checkpoint(config)
     check_kernels(config, cuda)
+    check_resilience(config, world_size)
 
 
 def validate_run_dir(config: Config) -> None:
-    """Refuse a run directory that cannot be written; makes it where it is missing."""
+    """Refuse a run directory that cannot be written or holds a stop file; makes it where it is missing."""
     folder = Path(config.run_dir)
+    if (folder / STOP_FILE).exists():
+        raise ValueError(f"{folder / STOP_FILE} tells this run to stay stopped: remove the file to let it go on")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

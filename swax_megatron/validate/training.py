@@ -46,3 +46,14 @@ def check_kernels(config: Config, cuda: bool | None) -> None:
         cuda = torch.cuda.is_available()
     if not cuda:
         raise ValueError("kernels.backend='triton': Triton kernels need a CUDA GPU and there is none; use kernels.backend=auto")
+
+
+def check_resilience(config: Config, world_size: int | None) -> None:
+    resilience = config.resilience
+    if resilience.spike_minimum > resilience.spike_history:
+        raise ValueError(
+            f"resilience.spike_minimum={resilience.spike_minimum}: only resilience.spike_history={resilience.spike_history} losses are "
+            "kept, so no step would ever be judged; lower spike_minimum or raise spike_history"
+        )
+    if resilience.fault != "none" and world_size is not None and resilience.fault_rank >= world_size:
+        raise ValueError(f"resilience.fault_rank={resilience.fault_rank}: the run has the ranks 0 to {world_size - 1}; name one of them")
