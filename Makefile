@@ -12,7 +12,7 @@ usual = -m "not matrix and not soak and not gpu"
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 .DEFAULT_GOAL := help
-.PHONY: help install check demo test test-matrix test-soak lint clean
+.PHONY: help install check demo test test-matrix test-soak reproduce-effect lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -32,12 +32,16 @@ demo: $(environment) ## text in, distributed training with a kill and a resume, 
 test: $(environment) ## the tests (minutes)
 	$(python) -m pytest -n $(workers) $(usual) tests/unit
 	$(python) -m pytest $(usual) tests/parallel tests/resume
+	$(python) -m pytest $(usual) tests/slurm
 
-test-matrix: $(environment) ## every parallel layout against one process
+test-matrix: $(environment) ## a cover of all supported parallel layouts against one process (eight processes at most)
 	$(python) -m pytest -m matrix
 
 test-soak: $(environment) ## long runs with faults
-	$(python) -m pytest -m soak
+	SWAX_TEST_TASK_SECONDS=1800 $(python) -m pytest -m soak
+
+reproduce-effect: $(environment) ## the experiment on attention windows: every arm and seed not done yet (a GPU, hours in all), then its report
+	$(python) scripts/reproduce_effect.py
 
 lint: $(environment) ## ruff
 	$(python) -m ruff check .

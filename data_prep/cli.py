@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run(command: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
@@ -17,11 +20,19 @@ def run(command: Callable[[argparse.Namespace], int | None], parser: argparse.Ar
     try:
         return command(args) or 0
     except (ValueError, OSError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print("error: " + " ".join(sentence(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+
+
+def sentence(error: Exception) -> str:
+    """What a user is told about an error."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        where = f" while {error.filename} was written" if error.filename else ""
+        return f"the disk is full or a limit is reached{where} ({error.strerror}): make room and run the same command again"
+    return str(error)
 
 
 def exit_on_sigterm() -> None:
@@ -60,6 +71,11 @@ def fraction(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    return 1.0 if text in ("1", "1.0") else fraction(text)
+
+
 class Progress:
     """A line on stderr every few seconds: share done, rate, time left."""
 
@@ -78,9 +94,9 @@ class Progress:
             left = (now - self._start) * (1 - share) / share if share else float("nan")
             self._print(f"{100 * share:5.1f} %, {left:.0f} s left")
 
-    def finish(self) -> None:
+    def finish(self, remark: str = "") -> None:
         """The last line, with the rates of the whole."""
-        self._print(f"done in {time.monotonic() - self._start:.1f} s")
+        self._print(f"done in {time.monotonic() - self._start:.1f} s" + (f", {remark}" if remark else ""))
 
     def _print(self, state: str) -> None:
         seconds = max(1e-9, time.monotonic() - self._start)

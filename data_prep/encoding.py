@@ -1,231 +1,154 @@
-"""Turning units of documents into ids, in one process or several, with results in order.
-
-An encoder is anything with ``encode(texts) -> (ids (N,), lengths (D,))`` that gives sentencepiece's ids; a faster one
-takes the place of ``SentencePieceEncoder`` in ``make_encoder`` and nowhere else.
-"""
+"""From a segment of the corpus to its shards in a folder of the work folder."""
 
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import os
-import queue
-import signal
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
-import sentencepiece
 
-from data_prep.readers import Unit, unit_documents
-from swax_megatron.data.writer import id_dtype
+from data_prep.duplicates import FINGERPRINTS, document_fingerprints
+from data_prep.encoders import SampleCheck, SentencePieceEncoder, load_tokenizer, make_encoder
+from data_prep.fetch import local_copy
+from data_prep.filters import Filter
+from data_prep.inputs import Input
+from data_prep.readers import Batch, ReadOptions, SegmentReader
+from data_prep.segments import Segment
+from data_prep.workfolder import WorkFolder
+from swax_megatron.data.writer import ShardWriter, id_dtype
 
-
-class Encoder(Protocol):
-    """Text to ids without any added token; literal special-token text in a document is plain text."""
-
-    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all texts, one after another, and how many each has."""
-        ...
+SPLITS = ("train", "validation")
+SKIPPED = ("empty", "invalid_utf8", "malformed", "too_short", "too_long", "filtered", "duplicate")
 
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """What a worker needs to know."""
+    """What decides the content of the shards, and how it is made."""
 
     tokenizer: str
-    text_key: str = "text"
-    invalid_utf8: str = "error"
+    read: ReadOptions = field(default_factory=ReadOptions)
+    keep: Filter = field(default_factory=Filter)
     validation_fraction: float = 0.0
     max_document_tokens: int | None = None
-    long_documents: str = "error"
+    shard_size: int = 64 << 20
+    deduplicate: bool = False
+    encoder: str = "auto"
+    check_ids: float = 0.0
 
 
 @dataclass
-class Block:
-    """Encoded documents, each with its EOS: ids (N,), lengths (D,), bytes of their UTF-8 text."""
+class Counts:
+    """What a segment has given so far: bytes of input, bytes of text, documents."""
 
-    ids: np.ndarray
-    lengths: np.ndarray
-    text_bytes: int
-
-
-@dataclass
-class Encoded:
-    """A unit's documents by split ("train", "validation"), what was skipped, and the bytes read for it."""
-
-    blocks: dict[str, Block] = field(default_factory=dict)
-    skipped: dict[str, int] = field(default_factory=lambda: {"empty": 0, "invalid_utf8": 0, "too_long": 0})
-    input_bytes: int = 0
+    raw_bytes: int = 0
+    text_bytes: int = 0
+    documents: int = 0
 
 
-def load_tokenizer(path: str | Path) -> sentencepiece.SentencePieceProcessor:
-    """A SentencePiece model that has an EOS; ValueError where the file is none."""
-    if not os.path.isfile(path):
-        raise ValueError(f"tokenizer {path} does not exist; train one with data_prep/tokenizer.py")
-    processor = sentencepiece.SentencePieceProcessor()
-    try:
-        processor.LoadFromSerializedProto(Path(path).read_bytes())
-    except RuntimeError as error:
-        raise ValueError(f"tokenizer {path} is not a SentencePiece model; train one with data_prep/tokenizer.py") from error
-    if processor.eos_id() < 0 or processor.unk_id() < 0:
-        raise ValueError(f"tokenizer {path} lacks an EOS or UNK id, which documents need; train one with data_prep/tokenizer.py")
-    return processor
+class SegmentEncoder:
+    """Reads, filters, encodes and writes segments, one after another."""
 
-
-class SentencePieceEncoder:
-    """The reference encoder."""
-
-    def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
-        self._processor, self._dtype = processor, id_dtype(processor.vocab_size())
-
-    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """See ``Encoder``."""
-        encoded = self._processor.encode(texts, out_type=int, num_threads=1)
-        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        ids = np.empty(int(lengths.sum()), self._dtype)
-        at = 0
-        for document in encoded:
-            ids[at : at + len(document)] = document
-            at += len(document)
-        return ids, lengths
-
-
-def make_encoder(processor: sentencepiece.SentencePieceProcessor) -> Encoder:
-    """The encoder in use."""
-    return SentencePieceEncoder(processor)
-
-
-class UnitEncoder:
-    """Encodes one unit after another."""
-
-    def __init__(self, options: EncodeOptions) -> None:
+    def __init__(self, options: EncodeOptions, work: WorkFolder) -> None:
         processor = load_tokenizer(options.tokenizer)
-        self._options, self._encoder, self._eos = options, make_encoder(processor), processor.eos_id()
+        self._options, self._work = options, work
+        self._encoder, self.description = make_encoder(options.tokenizer, options.encoder)
+        self._check = SampleCheck(self._encoder, SentencePieceEncoder(processor), options.check_ids)
+        self._eos, self._vocab_size, self._dtype = processor.eos_id(), processor.vocab_size(), id_dtype(processor.vocab_size())
+        self._reader = SegmentReader(options.read, self._local)
+        self._filter = options.keep.compiled()
 
-    def __call__(self, unit: Unit) -> Encoded:
-        """Parse, encode, append EOS, and split by the hash of each document's text (equal documents stay together)."""
-        options, result = self._options, Encoded(input_bytes=unit.input_bytes)
-        origins: list[str] = []
-        texts: list[str] = []
-        for origin, text in unit_documents(unit, options.text_key, options.invalid_utf8):
-            if not text:
-                result.skipped["invalid_utf8" if text is None else "empty"] += 1
-                continue
-            origins.append(origin)
-            texts.append(text)
-        if not texts:
-            return result
-        plain, lengths = self._encoder.encode(texts)
-        keep = self._fitting(lengths + 1, origins)
-        result.skipped["too_long"] = int((~keep).sum())
-        raw = [text.encode() for text in texts]
-        validation = np.array([_in_validation(data, options.validation_fraction) for data in raw])
-        ids = np.insert(plain, np.cumsum(lengths), self._eos)
+    def _local(self, item: Input) -> str:
+        return str(local_copy(item, self._work.spool)) if item.remote else item.path
+
+    def __call__(self, segment: Segment, report: Callable[[Counts], None]) -> dict[str, Any]:
+        """Write a segment's shards and record, and publish them; returns the record.
+
+        ``report`` is called after every batch. Raises ValueError for bad input, OSError for a disk that is full.
+        """
+        folder = self._work.begin(segment)
+        writers: dict[str, ShardWriter] = {}
+        hashes: dict[str, list[np.ndarray]] = {}
+        skipped: dict[str, int] = {}
+        checked = 0
+        try:
+            for split in SPLITS:
+                (folder / split).mkdir()
+                writers[split] = ShardWriter(folder / split, self._vocab_size, self._options.shard_size, keys=segment.key)
+            for batch in self._reader.read(segment):
+                counts = Counts(batch.raw_bytes)
+                self._filter_batch(batch)
+                if batch.texts:
+                    checked += self._check(batch.texts, batch.origin)
+                    self._encode(batch, writers, hashes, counts)
+                for reason, number in batch.skipped.items():
+                    skipped[reason] = skipped.get(reason, 0) + number
+                report(counts)
+            record = {"end": self._reader.at_end, "skipped": skipped, "checked": checked, "splits": {}}
+            for split, writer in writers.items():
+                entries = writer.close()
+                if not entries:
+                    (folder / split).rmdir()
+                    continue
+                record["splits"][split] = {"shards": entries, "text_bytes": writer.text_bytes}
+                if self._options.deduplicate:
+                    np.concatenate(hashes[split]).tofile(folder / split / FINGERPRINTS)
+            return self._work.publish(segment, folder, record)
+        finally:
+            for writer in writers.values():
+                writer.abort()
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _filter_batch(self, batch: Batch) -> None:
+        reasons = [self._filter(text) for text in batch.texts]
+        for reason in filter(None, reasons):
+            batch.skip(reason)
+        batch.places = [place for place, reason in zip(batch.places, reasons, strict=True) if reason is None]
+        batch.texts = [text for text, reason in zip(batch.texts, reasons, strict=True) if reason is None]
+
+    def _encode(self, batch: Batch, writers: dict[str, ShardWriter], hashes: dict[str, list[np.ndarray]], counts: Counts) -> None:
+        """Encode, append EOS, and split by the hash of each document's text (equal documents stay together)."""
+        plain, lengths = self._encoder.encode(batch.texts)
         lengths = lengths + 1
+        ends = np.cumsum(lengths)
+        ids = np.empty(int(ends[-1]), self._dtype)
+        of_text = np.ones(len(ids), bool)
+        of_text[ends - 1] = False
+        ids[of_text] = plain
+        ids[ends - 1] = self._eos
+        keep = self._fitting(lengths, batch)
+        fraction = self._options.validation_fraction
+        validation = np.array([_in_validation(text, fraction) for text in batch.texts]) if fraction else np.zeros(len(lengths), bool)
+        sizes = np.fromiter(map(len, batch.texts), np.int64, len(batch.texts))
         for split, chosen in (("train", keep & ~validation), ("validation", keep & validation)):
-            if chosen.any():
-                text_bytes = sum(len(data) for data, wanted in zip(raw, chosen, strict=True) if wanted)
-                result.blocks[split] = Block(ids[np.repeat(chosen, lengths)], lengths[chosen], text_bytes)
-        return result
+            if not chosen.any():
+                continue
+            text_bytes = int(sizes[chosen].sum())
+            everything = bool(chosen.all())
+            writers[split].add(
+                ids if everything else ids[np.repeat(chosen, lengths)], lengths if everything else lengths[chosen], text_bytes=text_bytes
+            )
+            counts.text_bytes, counts.documents = counts.text_bytes + text_bytes, counts.documents + int(chosen.sum())
+            if self._options.deduplicate:
+                texts = [text for text, wanted in zip(batch.texts, chosen, strict=True) if wanted]
+                hashes.setdefault(split, []).append(document_fingerprints(texts))
 
-    def _fitting(self, lengths: np.ndarray, origins: list[str]) -> np.ndarray:
+    def _fitting(self, lengths: np.ndarray, batch: Batch) -> np.ndarray:
         limit = self._options.max_document_tokens
         keep = np.ones(len(lengths), bool) if limit is None else lengths <= limit
-        if self._options.long_documents == "error" and not keep.all():
+        if keep.all():
+            return keep
+        if self._options.read.long_documents == "error":
             first = int(np.flatnonzero(~keep)[0])
             raise ValueError(
-                f"{origins[first]}: {lengths[first]} tokens, more than the {limit} of --max-document-tokens "
+                f"{batch.origin(first)}: {lengths[first]} tokens, more than the {limit} of --max-document-tokens "
                 "(by default what one shard holds): raise it to keep the document whole in a larger shard, or use --long-documents skip"
             )
+        batch.skipped["too_long"] = batch.skipped.get("too_long", 0) + int((~keep).sum())
         return keep
 
 
-def _in_validation(data: bytes, fraction: float) -> bool:
-    if not fraction:
-        return False
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") < fraction * 2.0**64
-
-
-class _Worker:
-    """A process with an encoder of its own, at the other end of a pipe."""
-
-    def __init__(self, options: EncodeOptions) -> None:
-        context = multiprocessing.get_context("spawn")  # inherits nothing: the pipe's end tells the child that its parent is gone
-        self._pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, options), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def encode(self, unit: Unit) -> Encoded:
-        """Send a unit and wait for its result; raises the worker's ValueError."""
-        try:
-            self._pipe.send(unit)
-            reply = self._pipe.recv()
-        except (EOFError, BrokenPipeError, ConnectionResetError) as error:
-            raise ValueError("a tokenising process died, most likely killed for memory; try fewer --workers") from error
-        if isinstance(reply, Exception):
-            raise reply
-        return reply
-
-    def close(self) -> None:
-        """Let the process end."""
-        self._pipe.close()
-
-
-def _serve(pipe: Connection, options: EncodeOptions) -> None:
-    """Encode what comes through the pipe until the parent closes it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    encoder = UnitEncoder(options)
-    try:
-        while True:
-            unit = pipe.recv()
-            try:
-                pipe.send(encoder(unit))
-            except (ValueError, OSError) as error:
-                pipe.send(ValueError(str(error)))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return
-
-
-def encode_units(units: Iterable[Unit], options: EncodeOptions, workers: int) -> Iterator[Encoded]:
-    """Encode units in ``workers`` processes (1: in this one); results come in the order of the units.
-
-    A few units a worker are in memory at once. The first ValueError in the order of the units is raised.
-    """
-    if workers == 1:
-        yield from map(UnitEncoder(options), units)
-        return
-    load_tokenizer(options.tokenizer)  # a clear error here rather than in every worker
-    everyone = [_Worker(options) for _ in range(workers)]
-    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-    for worker in everyone:
-        idle.put(worker)
-
-    def encode(unit: Unit) -> Encoded:
-        worker = idle.get()
-        try:
-            return worker.encode(unit)
-        finally:
-            idle.put(worker)
-
-    threads = ThreadPoolExecutor(workers)  # one a worker, waiting at its pipe
-    waiting: deque[Future[Encoded]] = deque()
-    try:
-        for unit in units:
-            waiting.append(threads.submit(encode, unit))
-            if len(waiting) > 3 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        threads.shutdown(wait=True, cancel_futures=True)
-        for worker in everyone:
-            worker.close()
-        for worker in everyone:
-            worker.process.join()
+def _in_validation(text: bytes, fraction: float) -> bool:
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") < fraction * 2.0**64

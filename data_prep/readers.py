@@ -1,244 +1,238 @@
-"""Corpora as a deterministic sequence of units of work, each about a mebibyte of documents.
-
-Kinds of files: JSON lines (.jsonl, .jsonl.gz, .jsonl.zst), Parquet (.parquet), and anything else as one UTF-8 document.
-The units depend on the files alone, so what is made of them does not depend on the number of processes. Splitting into
-units happens in the parent; parsing and decoding (``unit_documents``) in the workers.
-"""
+"""The documents of a segment, in batches of about a mebibyte: JSON lines, Parquet rows, WARC-derived text, whole text files."""
 
 from __future__ import annotations
 
-import fnmatch
-import gzip
-import json
-import os
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-UNIT_BYTES = 1 << 20
-UNIT_FILES = 256
-_JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-_COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".zip", ".tar", ".7z")
-DEFAULT_GLOB = ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst", "*.parquet", "*.txt")
+from data_prep.inputs import Input
+from data_prep.records import go_to_line, json_text, line_number, lines, warc_texts
+from data_prep.segments import Segment
+from data_prep.streams import BLOCK, ByteStream
 
-
-@dataclass(frozen=True)
-class Input:
-    """One file of a corpus."""
-
-    path: str
-    kind: str  # jsonl | parquet | text
-    bytes: int
+PARQUET_ROWS = 256
 
 
 @dataclass(frozen=True)
-class Unit:
-    """Documents to parse together. ``first`` is the 1-based line or row of the first one; ``input_bytes`` were read for it.
+class ReadOptions:
+    """What becomes of records that are no good document: "error" raises ValueError, "skip" counts them.
 
-    payload: kind jsonl: whole lines; parquet: the cells; text: paths that the worker reads.
+    invalid_utf8 may also be "replace", which puts U+FFFD. max_record_bytes bounds the memory for one line, cell or file.
     """
 
-    kind: str
-    path: str
-    first: int
-    payload: Any
-    input_bytes: int
+    invalid_utf8: str = "error"
+    bad_records: str = "error"
+    long_documents: str = "error"
+    max_record_bytes: int = 64 << 20
 
 
-def list_inputs(paths: Sequence[str], globs: Sequence[str] = DEFAULT_GLOB) -> list[Input]:
-    """Every file of the corpus in a fixed order: arguments as given, folders walked in sorted order.
+@dataclass
+class Batch:
+    """Documents as UTF-8 with the place of each; ``describe`` makes a place readable; ``raw_bytes`` of input were read for it."""
 
-    Files inside folders must match one of ``globs``; links to folders are not followed. ValueError if a path does not
-    exist, is of an unknown compressed kind, or if nothing is found.
+    describe: Callable[[Any], str]
+    texts: list[bytes] = field(default_factory=list)
+    places: list[Any] = field(default_factory=list)
+    skipped: dict[str, int] = field(default_factory=dict)
+    raw_bytes: int = 0
+    size: int = 0
+
+    def origin(self, number: int) -> str:
+        """Where document ``number`` came from."""
+        return self.describe(self.places[number])
+
+    def skip(self, reason: str) -> None:
+        """Count a record that gives no document."""
+        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+
+
+class SegmentReader:
+    """Reads one segment after another; the next one of the same compressed file goes on where the last one stopped.
+
+    locate: (input of a task) -> its local path.
     """
-    inputs = []
-    for path in paths:
-        if os.path.isdir(path):
-            for folder, folders, files in os.walk(path):
-                folders.sort()
-                matching = [name for name in sorted(files) if any(fnmatch.fnmatchcase(name, glob) for glob in globs)]
-                inputs += [_input(os.path.join(folder, name)) for name in matching]
-        elif os.path.isfile(path):
-            inputs.append(_input(path))
-        else:
-            raise ValueError(f"input {path} does not exist")
-    if not inputs:
-        raise ValueError(f"no file in {', '.join(paths)} matches {' '.join(globs)}; choose others with --glob")
-    return inputs
 
+    def __init__(self, options: ReadOptions, locate: Callable[[Input], str] = lambda item: item.path) -> None:
+        self._options, self._locate = options, locate
+        self._stream: ByteStream | None = None
+        self._end = True
 
-def _input(path: str) -> Input:
-    name = os.path.basename(path).lower()
-    if name.endswith(_JSONL):
-        kind = "jsonl"
-    elif name.endswith(".parquet"):
-        kind = "parquet"
-    elif name.endswith(_COMPRESSED):
-        raise ValueError(f"input {path} is of no known kind; known are {' '.join(DEFAULT_GLOB)} and plain UTF-8 text")
-    else:
-        kind = "text"
-    try:
-        return Input(path, kind, os.path.getsize(path))
-    except OSError as error:
-        raise ValueError(f"input {path} cannot be read: {error.strerror}") from error
+    def read(self, segment: Segment) -> Iterator[Batch]:
+        """The batches of a segment; ValueError names the file, and the line or row, of what is wrong."""
+        kinds = {"text": self._text, "parquet": self._parquet, "wet": self._wet, "jsonl": self._jsonl}
+        return kinds[segment.task.kind](segment)
 
+    @property
+    def at_end(self) -> bool:
+        """Whether nothing of the task follows the segment that was just read."""
+        return self._end
 
-def iter_units(inputs: Sequence[Input], text_key: str) -> Iterator[Unit]:
-    """The corpus in units, in order. ValueError, naming the file, where one is damaged."""
-    files: list[str] = []
-    size = 0
-    for item in inputs:
-        if item.kind == "text":
-            files.append(item.path)
-            size += item.bytes
-        if files and (item.kind != "text" or size >= UNIT_BYTES or len(files) >= UNIT_FILES):
-            yield Unit("text", files[0], 1, files, size)
-            files, size = [], 0
-        if item.kind == "jsonl":
-            yield from _jsonl_units(item)
-        elif item.kind == "parquet":
-            yield from _parquet_units(item, text_key)
-    if files:
-        yield Unit("text", files[0], 1, files, size)
+    def _open(self, segment: Segment, usable: Callable[[ByteStream], bool]) -> ByteStream:
+        path = self._locate(segment.task.inputs[0])
+        if self._stream is None or self._stream.path != path or not usable(self._stream):
+            if self._stream is not None:
+                self._stream.close()
+            self._stream = ByteStream(path, segment.task.inputs[0].path)
+        return self._stream
 
+    def _jsonl(self, segment: Segment) -> Iterator[Batch]:
+        start, limit = segment.start, self._options.max_record_bytes
+        stream = self._open(segment, lambda known: known.mark == start or known.base < start)
+        go_to_line(stream, start)
+        before = stream.raw_position()
+        for records in lines(stream, segment.stop, limit):
+            batch = Batch(lambda place: f"{stream.name} line {line_number(stream, place)}")
+            for place, line in records:
+                if line is None or line.strip():
+                    self._take(batch, place, line, segment.task.text_key)
+            before = _raw(batch, stream, before)
+            yield batch
+        self._end = stream.base < segment.stop or (not stream.buffer and not stream.fill())
 
-def _jsonl_units(item: Input) -> Iterator[Unit]:
-    """Blocks of whole lines."""
-    if item.bytes == 0 and item.path.lower().endswith(_COMPRESSED):
-        raise ValueError(f"{item.path} is cut short: it has 0 bytes, which no compressed file has; copy it again")
-    line, position = 1, 0
-    rest: list[bytes] = []
-    with open(item.path, "rb") as file:
-        for block in _decompressed(item.path, file):
-            cut = block.rfind(b"\n") + 1
-            if not cut:
-                rest.append(block)
-                continue
-            data = b"".join([*rest, block[:cut]])
-            rest = [block[cut:]]
-            now = file.tell()
-            yield Unit("jsonl", item.path, line, data, now - position)
-            line, position = line + data.count(b"\n"), now
-        if any(rest):
-            yield Unit("jsonl", item.path, line, b"".join(rest), file.tell() - position)
+    def _wet(self, segment: Segment) -> Iterator[Batch]:
+        start, limit = segment.start, self._options.max_record_bytes
+        stream = self._open(segment, lambda known: known.mark == start or known.base <= start)
+        before = stream.raw_position()
 
+        def describe(place: int) -> str:
+            return f"{stream.name} record at byte {place}"
 
-def _decompressed(path: str, file: BinaryIO) -> Iterator[bytes]:
-    """The content of a file in blocks; ValueError where it is damaged or cut short."""
-    try:
-        if path.lower().endswith(".gz"):
-            with gzip.GzipFile(fileobj=file) as plain:
-                while block := plain.read(UNIT_BYTES):
-                    yield block
-        elif path.lower().endswith(".zst"):
-            yield from _zstd(path, file)
-        else:
-            while block := file.read(UNIT_BYTES):
-                yield block
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged or cut short ({error}): copy it again") from error
+        batch = Batch(describe)
+        for place, payload in warc_texts(stream, start, segment.stop, limit):
+            self._take(batch, place, payload)
+            if batch.size >= BLOCK:
+                before = _raw(batch, stream, before)
+                yield batch
+                batch = Batch(describe)
+        _raw(batch, stream, before)
+        yield batch
+        self._end = stream.base < segment.stop or not stream.buffer
 
-
-def _zstd(path: str, file: BinaryIO) -> Iterator[bytes]:
-    """Frame by frame: the library's stream reader does not notice a file that was cut short."""
-    import zstandard
-
-    decoder, data = zstandard.ZstdDecompressor().decompressobj(), b""
-    inside = False
-    try:
-        while data := data or file.read(UNIT_BYTES // 8):
-            inside = True
-            if block := decoder.decompress(data):
-                yield block
-            data = b""
-            if decoder.eof:
-                data, inside = decoder.unused_data, False
-                decoder = zstandard.ZstdDecompressor().decompressobj()
-    except zstandard.ZstdError as error:
-        raise ValueError(f"{path} is damaged ({error}): copy it again") from error
-    if inside:
-        raise ValueError(f"{path} is cut short: copy it again")
-
-
-def _parquet_units(item: Input, text_key: str) -> Iterator[Unit]:
-    """Batches of one column, as bytes, so that invalid UTF-8 meets the same policy as elsewhere."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(item.path) as file:
-            names = file.schema_arrow.names
-            if text_key not in names:
-                raise ValueError(f"{item.path} has no column {text_key!r} (it has {', '.join(names)}); choose one with --text-key")
-            kind = file.schema_arrow.field(text_key).type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise ValueError(f"column {text_key!r} of {item.path} holds {kind}, not strings; choose another with --text-key")
-            row, rows = 1, max(1, file.metadata.num_rows)
-            for batch in file.iter_batches(batch_size=256, columns=[text_key]):
-                cells = batch.column(0).cast(pyarrow.large_binary()).to_pylist()
-                yield Unit("parquet", item.path, row, cells, item.bytes * len(cells) // rows)
-                row += len(cells)
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{item.path} is damaged or no Parquet file ({reason}): copy it again") from error
-
-
-def unit_documents(unit: Unit, text_key: str, invalid_utf8: str) -> Iterator[tuple[str, str | None]]:
-    """Each document of a unit as (where it came from, text); the text is None where it was skipped as invalid UTF-8.
-
-    invalid_utf8: "error" raises ValueError, "skip" gives None, "replace" puts U+FFFD.
-    """
-    if unit.kind == "text":
-        for path in unit.payload:
+    def _text(self, segment: Segment) -> Iterator[Batch]:
+        batch = Batch(str)
+        for item in segment.task.inputs:
             try:
-                data = Path(path).read_bytes()
+                path = Path(self._locate(item))
+                length = path.stat().st_size
+                data = path.read_bytes() if length <= self._options.max_record_bytes else None
             except OSError as error:
-                raise ValueError(f"input {path} cannot be read: {error.strerror}") from error
-            yield path, _decode(data, path, invalid_utf8)
-    elif unit.kind == "parquet":
-        for row, cell in enumerate(unit.payload, unit.first):
-            origin = f"{unit.path} row {row}"
-            if cell is None:
-                raise ValueError(f"{origin}: {text_key!r} is null, not a string")
-            yield origin, _decode(cell, origin, invalid_utf8)
-    else:
-        for number, line in enumerate(unit.payload.split(b"\n"), unit.first):
-            if line.strip():
-                origin = f"{unit.path} line {number}"
-                yield origin, _json_text(line, origin, text_key, invalid_utf8)
+                raise ValueError(f"input {item.path} cannot be read: {error.strerror}") from error
+            self._take(batch, item.path, data)
+            batch.raw_bytes += length
+            if batch.size >= BLOCK:
+                yield batch
+                batch = Batch(str)
+        yield batch
+        self._end = True
+
+    def _parquet(self, segment: Segment) -> Iterator[Batch]:
+        import pyarrow
+        import pyarrow.parquet
+
+        item, key = segment.task.inputs[0], segment.task.text_key
+        try:
+            with pyarrow.parquet.ParquetFile(self._locate(item)) as file:
+                _check_column(file.schema_arrow, key, item.path)
+                groups, row, self._end = _row_groups(file.metadata, segment)
+                rows = max(1, file.metadata.num_rows)
+                for cells in file.iter_batches(batch_size=PARQUET_ROWS, columns=[key], row_groups=groups) if groups else ():
+                    values = cells.column(0).cast(pyarrow.large_binary()).to_pylist()
+                    batch = Batch(lambda place: f"{item.path} row {place}", raw_bytes=(item.bytes or 0) * len(values) // rows)
+                    for place, cell in enumerate(values, row):
+                        self._cell(batch, place, cell, key)
+                    row += len(values)
+                    yield batch
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{item.path} is damaged or no Parquet file ({reason}): copy it again") from error
+
+    def _cell(self, batch: Batch, place: int, cell: bytes | None, key: str) -> None:
+        if cell is not None:
+            self._take(batch, place, cell if len(cell) <= self._options.max_record_bytes else None)
+        elif self._options.bad_records == "skip":
+            batch.skip("malformed")
+        else:
+            raise ValueError(f"{batch.describe(place)}: {key!r} is null, not a string; use --bad-records skip to leave such rows out")
+
+    def _take(self, batch: Batch, place: Any, data: bytes | None, key: str | None = None) -> None:
+        """Add a record to the batch, or count it as skipped. ``data`` is None where it is too long; ``key`` finds the text in JSON."""
+        try:
+            if data is None:
+                self._too_long()
+            text = self._decoded(data)
+            if key is not None:
+                value = self._json(text, key)
+                try:
+                    data = value.encode()
+                except UnicodeEncodeError:  # a lone surrogate, which JSON can escape and UTF-8 cannot hold
+                    data = self._decoded(value.encode("utf-8", "surrogatepass")).encode()
+            elif self._options.invalid_utf8 == "replace":
+                data = text.encode()
+        except _Skip as skip:
+            batch.skip(str(skip))
+        except ValueError as error:
+            raise ValueError(f"{batch.describe(place)}: {error}") from error
+        else:
+            batch.texts.append(data)
+            batch.places.append(place)
+            batch.size += len(data)
+
+    def _too_long(self) -> None:
+        if self._options.long_documents == "skip":
+            raise _Skip("too_long")
+        limit = self._options.max_record_bytes
+        raise ValueError(f"more than the {limit} bytes of --max-record-bytes: raise it, or use --long-documents skip")
+
+    def _decoded(self, data: bytes) -> str:
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            if self._options.invalid_utf8 == "skip":
+                raise _Skip("invalid_utf8") from error
+            if self._options.invalid_utf8 == "replace":
+                return data.decode("utf-8", "replace")
+            raise ValueError(f"not valid UTF-8 at byte {error.start}; use --invalid-utf8 skip or replace") from error
+
+    def _json(self, text: str, key: str) -> str:
+        try:
+            return json_text(text, key)
+        except ValueError as error:
+            if self._options.bad_records == "skip":
+                raise _Skip("malformed") from error
+            raise
 
 
-def _json_text(line: bytes, origin: str, text_key: str, invalid_utf8: str) -> str | None:
-    text = _decode(line, origin, invalid_utf8)
-    if text is None:
-        return None
-    try:
-        record = json.loads(text.removeprefix("\ufeff"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{origin}: not valid JSON ({error})") from error
-    if not isinstance(record, dict) or text_key not in record:
-        found = f"it has {', '.join(map(repr, list(record)[:8]))}" if isinstance(record, dict) else f"it is a {type(record).__name__}"
-        raise ValueError(f"{origin}: no key {text_key!r} ({found}); choose one with --text-key")
-    value = record[text_key]
-    if not isinstance(value, str):
-        raise ValueError(f"{origin}: {text_key!r} is a {type(value).__name__}, not a string")
-    if value.isascii():
-        return value
-    try:
-        value.encode()
-        return value
-    except UnicodeEncodeError:  # a lone surrogate, which JSON can escape and UTF-8 cannot hold
-        return _decode(value.encode("utf-8", "surrogatepass"), origin, invalid_utf8)
+class _Skip(Exception):
+    """A record that is left out; the message is the reason under which it is counted."""
 
 
-def _decode(data: bytes, origin: str, invalid_utf8: str) -> str | None:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if invalid_utf8 == "skip":
-            return None
-        if invalid_utf8 == "replace":
-            return data.decode("utf-8", "replace")
-        raise ValueError(f"{origin}: not valid UTF-8 at byte {error.start}; use --invalid-utf8 skip or replace") from error
+def _raw(batch: Batch, stream: ByteStream, before: int) -> int:
+    """Note what was read from the file since ``before``; returns where it stands."""
+    now = stream.raw_position()
+    batch.raw_bytes = max(0, now - before)
+    return now
+
+
+def _check_column(schema: Any, key: str, path: str) -> None:
+    import pyarrow
+
+    if key not in schema.names:
+        raise ValueError(f"{path} has no column {key!r} (it has {', '.join(schema.names)}); choose one with --text-key")
+    kind = schema.field(key).type
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        raise ValueError(f"column {key!r} of {path} holds {kind}, not strings; choose another with --text-key")
+
+
+def _row_groups(metadata: Any, segment: Segment) -> tuple[list[int], int, bool]:
+    """The row groups that begin in the segment, the 1-based number of their first row, and whether nothing follows them."""
+    groups: list[int] = []
+    position, row, first = 0, 1, 1
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        if segment.start <= position < segment.stop:
+            first = first if groups else row
+            groups.append(number)
+        position, row = position + max(1, group.total_byte_size), row + group.num_rows
+    return groups, first, position <= segment.stop

@@ -1,137 +1,211 @@
 """Tokenise a corpus into a data set folder: tar shards, an index beside each, tokenizer.model and manifest.json.
 
-Reads JSON lines (plain, .gz, .zst), Parquet, and text files (one document a file). A document becomes its ids and EOS.
-With --validation-fraction, OUT holds two data sets, OUT/train and OUT/validation; without, OUT is the data set.
+Reads JSON lines (plain, .gz, .zst), Parquet, WARC-derived text (.wet[.gz]) and text files (one document a file), local, from
+fsspec URLs, or from pipe:COMMAND. A document becomes its ids and EOS. With --validation-fraction, OUT holds two data sets,
+OUT/train and OUT/validation; without, OUT is the data set. What is done is kept in OUT.work until OUT is complete: after any
+interruption the same command goes on, and the bytes of the result are those of an uninterrupted run with any --workers.
+Over several machines: --part I/N on each (I from 1 to N), then --merge once.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import shutil
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from data_prep import cli
-from data_prep.encoding import EncodeOptions, encode_units, load_tokenizer
-from data_prep.readers import DEFAULT_GLOB, Input, iter_units, list_inputs
-from swax_megatron.data.writer import DatasetWriter, id_dtype, sync_folder
+from data_prep.assembly import assemble, published
+from data_prep.encoders import ENCODERS, load_tokenizer
+from data_prep.encoding import EncodeOptions
+from data_prep.filters import Filter
+from data_prep.inputs import DEFAULT_GLOB, KINDS, Source, read_sources
+from data_prep.pool import Pool
+from data_prep.readers import ReadOptions
+from data_prep.segments import Task, plan, share
+from data_prep.workfolder import WorkFolder
+from swax_megatron.data.shards import fingerprint
+from swax_megatron.data.writer import id_dtype
 
 EPILOG = """examples:
   python data_prep/shard.py --input corpus/ --tokenizer work/tokenizer.model --out data/web --validation-fraction 0.01
-  python data_prep/shard.py --input src/ --glob '*.py' '*.rst' --tokenizer work/tokenizer.model --out data/code"""
+  python data_prep/shard.py --input src/ --glob '*.py' '*.rst' --tokenizer work/tokenizer.model --out data/code --deduplicate
+  python data_prep/shard.py --sources sources.yaml --tokenizer work/tokenizer.model --out data/all --part 3/16   (and 1/16, 2/16, ...)
+  python data_prep/shard.py --sources sources.yaml --tokenizer work/tokenizer.model --out data/all --merge       (after all parts)"""
 
 
 def command(args: argparse.Namespace) -> None:
-    """Write everything aside, then rename."""
+    """Encode what is missing, then assemble."""
+    sources = _sources(args)
+    options = _options(args)
+    options.keep.compiled()
+    said = _said(args, options, sources)
     out = Path(args.out)
+    work = WorkFolder(out, {**said, "tokenizer": fingerprint(args.tokenizer)})
+    if summary := published(work):
+        print(f"{out}: {summary}")
+        return
     if out.exists() and not (args.overwrite or (out.is_dir() and not any(out.iterdir()))):
         raise ValueError(f"{out} exists already; choose another --out or add --overwrite")
     if args.overwrite and out.exists() and not _is_data_set(out):
         raise ValueError(f"{out} exists and is no data set; --overwrite replaces only what this program wrote: choose another --out")
-    inputs = list_inputs(args.input, args.glob)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    tasks = plan(sources, args.shard_size, args.segment_bytes)
+    if args.merge:
+        if not work.segments.is_dir():
+            raise ValueError(f"--merge finds no {work.path}: run every --part first, with the same options")
+    else:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    work.open()
     try:
-        aside.mkdir()
-        summary = _write(args, inputs, aside)
-        _publish(aside, out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    print(f"{out}: {summary}")
+        _run(args, work, tasks, sources, options, said)
+    except BaseException:
+        _keep_or_remove(work)
+        raise
+
+
+def _run(args: argparse.Namespace, work: WorkFolder, tasks: list[Task], sources: list[Source], options: EncodeOptions, said: dict) -> None:
+    with Pool(options, work, args.workers, _say_once()) as pool:
+        if not args.merge:
+            _encode(args, work, tasks, pool)
+        if args.part and not args.merge:
+            part, parts = args.part
+            print(f"part {part}/{parts} of {work.out}: done; run --merge when every part is")
+            return
+        summary = assemble(work, tasks, sources, options, pool, {"options": said})
+    print(f"{work.out}: {summary}")
+
+
+def _encode(args: argparse.Namespace, work: WorkFolder, tasks: list[Task], pool: Pool) -> None:
+    """Encode the missing segments of this part."""
+    part, parts = args.part or (1, 1)
+    todo, bytes_left = [], 0
+    for task, indices in share(tasks, part - 1, parts):
+        _, missing = work.finished(task)
+        if indices is not None:
+            missing = [index for index in missing if index in set(indices)]
+        if not missing:
+            continue
+        if task.segments is None:
+            todo.append((task, missing[:-1], missing[-1]))
+            bytes_left += task.bytes
+        else:
+            todo.append((task, missing, None))
+            bytes_left += task.bytes * len(missing) // task.segments
+    if not todo:
+        return
+    progress = cli.Progress("sharding", bytes_left)
+    checked = pool.encode(todo, lambda counts: progress.add(counts.raw_bytes, counts.text_bytes, counts.documents))
+    progress.finish(f"{checked} documents compared with sentencepiece" if checked else "")
+
+
+def _keep_or_remove(work: WorkFolder) -> None:
+    """Say that finished work is kept, or leave nothing behind where there is none."""
+    if not work.segments.is_dir():
+        return
+    if segments := work.refresh():
+        print(f"{segments} finished segments are kept in {work.path}: the same command goes on from there", file=sys.stderr)
+    else:
+        work.remove_if_empty()
+
+
+def _say_once() -> Any:
+    """A function that prints what every worker says only once."""
+    said: set[str] = set()
+
+    def say(sentence: str) -> None:
+        if sentence not in said:
+            said.add(sentence)
+            print(sentence, file=sys.stderr, flush=True)
+
+    return say
 
 
 def _is_data_set(folder: Path) -> bool:
     return any((folder / inner / "manifest.json").is_file() for inner in (".", "train", "validation"))
 
 
-def _publish(aside: Path, out: Path) -> None:
-    """Rename the finished folder to its name; an old one leaves first and is removed last."""
-    old = out.with_name(f"{out.name}.old-{os.getpid()}")
-    if out.exists():
-        os.rename(out, old)
-    os.rename(aside, out)
-    sync_folder(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
+def _sources(args: argparse.Namespace) -> list[Source]:
+    if (args.input is None) == (args.sources is None):
+        raise ValueError("give the corpus either as --input PATH... or as --sources FILE")
+    if args.sources is not None:
+        return read_sources(args.sources)
+    return [Source(path, (path,), tuple(args.glob), args.text_key, args.format) for path in args.input]
 
 
-def _write(args: argparse.Namespace, inputs: list[Input], aside: Path) -> str:
-    processor = load_tokenizer(args.tokenizer)
-    if args.max_document_tokens is None:
-        args.max_document_tokens = max(1, args.shard_size // id_dtype(processor.vocab_size()).itemsize)
-    options = EncodeOptions(
-        str(args.tokenizer), args.text_key, args.invalid_utf8, args.validation_fraction, args.max_document_tokens, args.long_documents
+def _options(args: argparse.Namespace) -> EncodeOptions:
+    vocab_size = load_tokenizer(args.tokenizer).vocab_size()
+    longest = args.max_document_tokens or max(1, args.shard_size // id_dtype(vocab_size).itemsize)
+    return EncodeOptions(
+        tokenizer=str(args.tokenizer),
+        read=ReadOptions(args.invalid_utf8, args.bad_records, args.long_documents, args.max_record_bytes),
+        keep=Filter(args.min_text_bytes, args.max_text_bytes, tuple(args.keep_regex), tuple(args.drop_regex)),
+        validation_fraction=args.validation_fraction,
+        max_document_tokens=longest,
+        shard_size=args.shard_size,
+        deduplicate=args.deduplicate,
+        encoder=args.encoder,
+        check_ids=args.check_ids,
     )
-    folders = {"train": aside / "train", "validation": aside / "validation"} if args.validation_fraction else {"train": aside}
-    writers = {}
-    for split, folder in folders.items():
-        folder.mkdir(exist_ok=True)
-        writers[split] = DatasetWriter(folder, processor.vocab_size(), args.shard_size)
-    skipped = {"empty": 0, "invalid_utf8": 0, "too_long": 0}
-    progress = cli.Progress("sharding", sum(item.bytes for item in inputs))
-    try:
-        for encoded in encode_units(iter_units(inputs, args.text_key), options, args.workers):
-            for split, block in encoded.blocks.items():
-                writers[split].add(block.ids, block.lengths, text_bytes=block.text_bytes)
-            skipped = {reason: count + encoded.skipped[reason] for reason, count in skipped.items()}
-            blocks = encoded.blocks.values()
-            progress.add(encoded.input_bytes, sum(block.text_bytes for block in blocks), sum(len(block.lengths) for block in blocks))
-        progress.finish()
-        _refuse_empty(writers, skipped, args.validation_fraction)
-        special = {"unk_id": processor.unk_id(), "bos_id": processor.bos_id(), "eos_id": processor.eos_id()}
-        for split, writer in writers.items():
-            notes = {"sources": _sources(args.input, inputs), "options": _options(args, split), "skipped": skipped}
-            writer.finish(args.tokenizer, special, **notes)
-    finally:
-        for writer in writers.values():
-            writer.abort()
-    counts = [f"{split} {writer.documents} documents, {writer.tokens} tokens" for split, writer in writers.items()]
-    left_out = [f"{count} {reason.replace('_', ' ')}" for reason, count in skipped.items() if count]
-    return "; ".join(counts) + (f"; skipped {', '.join(left_out)}" if left_out else "")
 
 
-def _refuse_empty(writers: dict[str, DatasetWriter], skipped: dict[str, int], fraction: float) -> None:
-    total = sum(writer.documents for writer in writers.values())
-    if not total:
-        raise ValueError(f"the input holds no document (skipped: {', '.join(f'{count} {reason}' for reason, count in skipped.items())})")
-    for split, writer in writers.items():
-        if not writer.documents:
-            raise ValueError(f"--validation-fraction {fraction} of {total} documents leaves the {split} set empty; choose another fraction")
+def _said(args: argparse.Namespace, options: EncodeOptions, sources: list[Source]) -> dict[str, Any]:
+    """The options that decide the content, as JSON; workers, parts and the encoder are none of them."""
+    names = ("shard_size", "segment_bytes", "validation_fraction", "deduplicate")
+    said = {name: getattr(args, name) for name in names}
+    said |= {**asdict(options.read), "max_document_tokens": options.max_document_tokens}
+    said |= {f"{name}_regex" if name in ("keep", "drop") else name: value for name, value in asdict(options.keep).items()}
+    if args.sources is None:
+        said |= {"text_key": args.text_key, "glob": list(args.glob), "format": args.format}
+    else:
+        said["sources"] = [{key: value for key, value in asdict(source).items() if key != "notes"} for source in sources]
+    return said
 
 
-def _sources(paths: Sequence[str], inputs: list[Input]) -> list[dict[str, Any]]:
-    """What was read, an entry for each --input."""
-    sources = []
-    for path in paths:
-        files = [item for item in inputs if item.path == path or item.path.startswith(os.path.join(path, ""))]
-        sources.append({"path": path, "files": len(files), "bytes": sum(item.bytes for item in files)})
-    return sources
-
-
-def _options(args: argparse.Namespace, split: str) -> dict[str, Any]:
-    """The options that decide the content; the number of workers is none of them."""
-    names = ("text_key", "glob", "shard_size", "validation_fraction", "invalid_utf8", "max_document_tokens", "long_documents")
-    return {"split": split, **{name: getattr(args, name) for name in names}}
+def _part(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part: write I/N with I from 1 to N, such as 3/16")
+    return int(match[1]), int(match[2])
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, or folders that are walked in sorted order")
-    parser.add_argument("--tokenizer", required=True, metavar="MODEL", help="a SentencePiece model, e.g. from data_prep/tokenizer.py")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write; appears when it is complete")
-    parser.add_argument("--workers", type=cli.positive, default=os.cpu_count() or 1, help="processes; the output is the same for any")
-    parser.add_argument("--shard-size", type=cli.size, default=64 << 20, help="target size of a tar (default 64M)")
-    parser.add_argument("--text-key", default="text", help="key or column that holds the text (default %(default)s)")
-    kinds = "files to take from folders (default: jsonl, parquet, txt)"
-    parser.add_argument("--glob", nargs="+", default=list(DEFAULT_GLOB), metavar="PATTERN", help=kinds)
-    parser.add_argument("--validation-fraction", type=cli.fraction, default=0.0, help="share of documents for OUT/validation, by hash")
-    parser.add_argument("--invalid-utf8", choices=["error", "skip", "replace"], default="error", help="default %(default)s")
-    parser.add_argument("--max-document-tokens", type=cli.positive, help="longest document allowed, EOS included (default: one shard)")
-    parser.add_argument("--long-documents", choices=["error", "skip"], default="error", help="default %(default)s")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing data set")
+    corpus = parser.add_argument_group("corpus")
+    corpus.add_argument("--input", nargs="+", metavar="PATH", help="files, folders (walked in sorted order), URLs, pipe:COMMAND")
+    corpus.add_argument("--sources", metavar="FILE", help="instead of --input: a YAML list of {name, input, glob, text_key, format, ...}")
+    corpus.add_argument("--text-key", default="text", help="key or column that holds the text (default %(default)s)")
+    kinds = "files to take from folders (default: jsonl, parquet, txt, wet)"
+    corpus.add_argument("--glob", nargs="+", default=list(DEFAULT_GLOB), metavar="PATTERN", help=kinds)
+    corpus.add_argument("--format", choices=["auto", "text", *KINDS], default="auto", help="of every file (default: by its name)")
+    output = parser.add_argument_group("output")
+    output.add_argument("--tokenizer", required=True, metavar="MODEL", help="a SentencePiece model, e.g. from data_prep/tokenizer.py")
+    output.add_argument("--out", required=True, metavar="DIR", help="the folder to write; appears when it is complete")
+    output.add_argument("--shard-size", type=cli.size, default=64 << 20, help="target size of a tar (default 64M)")
+    output.add_argument("--validation-fraction", type=cli.fraction, default=0.0, help="share of documents for OUT/validation, by hash")
+    output.add_argument("--overwrite", action="store_true", help="replace an existing data set")
+    choice = parser.add_argument_group("which documents")
+    choice.add_argument("--deduplicate", action="store_true", help="of documents with equal text keep the first")
+    choice.add_argument("--min-text-bytes", type=cli.size, default=1, metavar="SIZE", help="skip shorter documents")
+    choice.add_argument("--max-text-bytes", type=cli.size, metavar="SIZE", help="skip longer documents")
+    choice.add_argument("--keep-regex", nargs="+", default=[], metavar="REGEX", help="skip documents in which none of these is found")
+    choice.add_argument("--drop-regex", nargs="+", default=[], metavar="REGEX", help="skip documents in which one of these is found")
+    choice.add_argument("--invalid-utf8", choices=["error", "skip", "replace"], default="error", help="default %(default)s")
+    choice.add_argument("--bad-records", choices=["error", "skip"], default="error", help="broken JSON, missing text (default %(default)s)")
+    choice.add_argument("--max-document-tokens", type=cli.positive, help="longest document allowed, EOS included (default: one shard)")
+    choice.add_argument("--max-record-bytes", type=cli.size, default=64 << 20, help="longest line, cell or file (default 64M)")
+    choice.add_argument("--long-documents", choices=["error", "skip"], default="error", help="default %(default)s")
+    work = parser.add_argument_group("work")
+    work.add_argument("--workers", type=cli.positive, default=os.cpu_count() or 1, help="processes; the output is the same for any")
+    work.add_argument("--part", type=_part, metavar="I/N", help="encode only share I (from 1) of N; then --merge")
+    work.add_argument("--merge", action="store_true", help="after all parts: write OUT")
+    work.add_argument("--segment-bytes", type=cli.size, help="input worked on at once; decides the bytes (default: by the input)")
+    work.add_argument("--encoder", choices=ENCODERS, default="auto", help="what encodes; the ids are the same (default %(default)s)")
+    work.add_argument("--check-ids", type=cli.share, default=0.002, help="share of documents to compare (default %(default)s)")
     return parser
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import cli
-from data_prep.encoding import load_tokenizer
+from data_prep.encoders import load_tokenizer
 from data_prep.verify import data_sets
 from swax_megatron.data.shards import ShardedDataset
 from swax_megatron.data.statistics import unigram_entropy
@@ -36,7 +36,7 @@ def describe(folder: Path, samples: int, characters: int, seed: int, entropy: bo
     """Print one data set."""
     dataset = ShardedDataset(folder)
     processor = load_tokenizer(dataset.tokenizer_path)
-    lengths = np.concatenate([dataset.shard(number).lengths for number in range(len(dataset.shards))])
+    lengths = np.concatenate([dataset.index(number).lengths for number in range(len(dataset.shards))])
     print(f"{folder}: {dataset.documents} documents, {dataset.tokens} tokens ({dataset.dtype.name}) in {len(dataset.shards)} shards")
     if dataset.text_bytes:
         print(f"{dataset.text_bytes} bytes of text, {dataset.tokens / dataset.text_bytes:.4f} tokens a byte, EOS included")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import cli
-from data_prep.encoding import load_tokenizer
+from data_prep.encoders import load_tokenizer
 from swax_megatron.data.index import read_index
 from swax_megatron.data.shards import MANIFEST, ShardedDataset, fingerprint
 

@@ -35,6 +35,8 @@ MODULES = {  # what is imported -> the distribution that brings it
     "einops": "einops",
     "psutil": "psutil",
     "matplotlib": "matplotlib",
+    "fsspec": "fsspec",
+    "aiohttp": "aiohttp",
 }
 BUILD_OP = """
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder

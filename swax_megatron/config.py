@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from swax_megatron.schema import FORMAT_VERSION, Config, ModelConfig, SourceConfig
+from swax_megatron.schema import FORMAT_VERSION, Config, ModelConfig
 
 
 def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
@@ -81,9 +81,15 @@ def describe(cls: type = Config, prefix: str = "") -> str:
         default = item.default if item.default is not dataclasses.MISSING else item.default_factory()
         choices = f" ({' | '.join(typing.get_args(kind))})" if typing.get_origin(kind) is Literal else ""
         lines.append(f"  {prefix}{item.name}={_as_yaml(default)}{choices}  {item.metadata['doc']}")
-        if kind == list[SourceConfig]:
-            lines.append(describe(SourceConfig, f"{prefix}{item.name}.N."))
+        if entry := _entry(kind):
+            lines.append(describe(entry, f"{prefix}{item.name}.N."))
     return "\n".join(lines)
+
+
+def _entry(kind: Any) -> type | None:
+    """The dataclass of a list's entries; None for any other field."""
+    inner = typing.get_args(kind)[0] if typing.get_origin(kind) is list else None
+    return inner if dataclasses.is_dataclass(inner) else None
 
 
 def _as_yaml(value: Any) -> str:
@@ -117,10 +123,10 @@ def _refuse_unknown(cls: type, raw: Any, prefix: str) -> None:
             raise ValueError(f"unknown config field '{prefix}{key}'{_suggest(str(key), prefix, names)}")
         if dataclasses.is_dataclass(hints[key]):
             _refuse_unknown(hints[key], value, f"{prefix}{key}.")
-        elif hints[key] == list[SourceConfig] and isinstance(value, list):
-            for index, entry in enumerate(value):
-                if isinstance(entry, dict):
-                    _refuse_unknown(SourceConfig, entry, f"{prefix}{key}.{index}.")
+        elif (entry := _entry(hints[key])) and isinstance(value, list):
+            for index, each in enumerate(value):
+                if isinstance(each, dict):
+                    _refuse_unknown(entry, each, f"{prefix}{key}.{index}.")
 
 
 def _suggest(key: str, prefix: str, names: list[str]) -> str:
@@ -185,7 +191,7 @@ def _resolve(config: Config) -> Config:
     if config.parallel.tensor == 1:
         config.parallel.sequence = False
     for source in [*config.data.train, *config.data.validation]:
-        source.name = source.name or Path(source.path).name
+        source.name = source.name or Path(source.path.removesuffix("{file}")).name
     return config
 
 

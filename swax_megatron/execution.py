@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from swax_megatron.data.packing import Batch
-from swax_megatron.parallel.context import SequenceContext
+from swax_megatron.parallel.context import sequence_context
 from swax_megatron.parallel.groups import Groups
 from swax_megatron.parallel.schedule import pipeline_schedule
 from swax_megatron.schema import Config
@@ -46,7 +46,7 @@ def run_microbatches(job: Pass, batches: Sequence[Batch], *, backward: bool) -> 
 
     The loss is the sum over tokens divided by the number of unmasked targets of the **global** batch, never a mean of
     means: rows with few targets weigh little. The schedule divides by the number of microbatches and the optimizer
-    averages over data-parallel ranks; both are undone here.
+    averages over data- and context-parallel ranks; both are undone here.
     """
     groups, device = job.groups, job.groups.device
     mine = torch.stack([batch.loss_mask_bt.sum() for batch in batches]).sum()
@@ -57,8 +57,7 @@ def run_microbatches(job: Pass, batches: Sequence[Batch], *, backward: bool) -> 
 
     def forward_step(iterator: object, chunk: nn.Module) -> tuple[Tensor, Callable]:
         batch: Batch = next(iterator)
-        context = SequenceContext(windows=job.windows, cu_seqlens=batch.cu_seqlens, positions_bt=batch.positions_bt)
-        output = chunk(batch.inputs_bt, context, batch.targets_bt)
+        output = chunk(batch.inputs_bt, sequence_context(batch, job.windows, groups.context), batch.targets_bt)
 
         def loss_function(losses_lbt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             entropy = (losses_lbt[0] * batch.loss_mask_bt).sum()
@@ -72,7 +71,7 @@ def run_microbatches(job: Pass, batches: Sequence[Batch], *, backward: bool) -> 
         forward_step,
         batches,
         rows=job.config.train.micro_batch_size,
-        sequence_length=job.config.data.sequence_length,
+        sequence_length=job.config.data.sequence_length // groups.context_size,
         backward=backward,
     )
     summed = torch.stack([report["loss"] for report in reports]).sum() if reports else torch.zeros((), device=device)

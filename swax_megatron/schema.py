@@ -73,9 +73,17 @@ class WindowConfig:
 class SourceConfig:
     """One data set written by data_prep/shard.py."""
 
-    path: str = _f("", "folder that holds manifest.json and the shards")
+    path: str = _f("", "folder that holds manifest.json and the shards; or a URL (s3://, https://, ...), or pipe:COMMAND with {file}")
     weight: float = _f(1.0, "share of the sequences drawn from this source")
     name: str | None = _f(None, "name in logs and checkpoints; null: the folder's name")
+
+
+@dataclass
+class CurriculumConfig:
+    """Other weights of the training sources from a step on."""
+
+    step: int = _f(0, "first step with these weights")
+    weights: dict[str, float] = _f({}, "weight of every training source, by name")
 
 
 @dataclass
@@ -86,7 +94,18 @@ class DataConfig:
     validation: list[SourceConfig] = _f([], "validation sources")
     tokenizer: str | None = _f(None, "SentencePiece .model; null: the one beside the first training source")
     sequence_length: int = _f(16384, "tokens a row")
+    packing: Literal["concatenate", "best_fit"] = _f(
+        "concatenate", "rows: cut one line of all documents; or fill each with whole documents, where only longer ones than a row are cut"
+    )
+    curriculum: list[CurriculumConfig] = _f([], "weights of the training sources that change at a step")
+    shuffle_tokens: int = _f(2**31, "rows are shuffled inside blocks of this many tokens; for remote data a few shards' worth")
     verify: Literal["size", "sha256"] = _f("size", "how shards are checked when they are opened")
+    damaged: Literal["stop", "skip"] = _f("stop", "a damaged or missing training shard found at opening: stop, or leave it out and say so")
+    workers: int = _f(2, "threads that read ahead; 0: read between the steps")
+    prefetch: int = _f(2, "steps that are read ahead")
+    cache: str = _f("~/.cache/swax_megatron", "folder on a local disk for fetched files of remote data and for tables of best_fit packing")
+    cache_gib: float = _f(64.0, "size limit of the fetched files, GiB a host; those used longest ago are removed")
+    retries: int = _f(5, "how often a failed fetch of remote data is tried again")
 
 
 @dataclass
@@ -97,8 +116,11 @@ class ParallelConfig:
     sequence: bool = _f(True, "split norms and residuals along the sequence over the tensor-parallel ranks (only where tensor > 1)")
     pipeline: int = _f(1, "pipeline stages")
     virtual_pipeline: int | None = _f(None, "model chunks a stage (interleaved schedule); null: one")
-    pipeline_layers: list[int] | None = _f(None, "layers of each stage where they are uneven; null: equal")
-    context: int = _f(1, "context-parallel degree")
+    pipeline_layers: list[int] | None = _f(
+        None,
+        "layers of each stage (of each chunk, with virtual_pipeline, in the model's order); null: balanced by operations, head included",
+    )
+    context: int = _f(1, "ranks that share a row: each holds a piece; window halos and mLSTM memories travel between them")
 
 
 @dataclass
@@ -106,7 +128,14 @@ class OptimizerConfig:
     """AdamW and its schedule."""
 
     backend: Literal["zero", "megatron"] = _f("zero", "zero: DeepSpeed ZeRO; megatron: Megatron-core's distributed optimizer")
-    zero_stage: int = _f(1, "DeepSpeed ZeRO stage")
+    zero_stage: int = _f(
+        1, "what DeepSpeed partitions over data-parallel ranks: 0 nothing; 1 optimizer state; 2 and gradients; 3 and weights"
+    )
+    overlap_gradients: bool = _f(False, "reduce gradients while backward still computes")
+    overlap_parameters: bool = _f(
+        False, "backend megatron: gather updated weights while the next forward computes (ZeRO stage 3 gathers ahead in any case)"
+    )
+    offload: bool = _f(False, "backend zero: keep masters and moments, and update them, in host memory")
     learning_rate: float = _f(6e-4, "peak learning rate")
     min_learning_rate: float = _f(0.0, "learning rate at the end")
     schedule: Literal["cosine", "wsd"] = _f(
@@ -125,16 +154,26 @@ class OptimizerConfig:
 
 
 @dataclass
+class BatchPhase:
+    """A smaller batch at the beginning of a run."""
+
+    until_step: int = _f(0, "first step that no longer has this batch size")
+    rows: int = _f(0, "rows an update until then")
+
+
+@dataclass
 class TrainConfig:
     """The loop."""
 
     steps: int = _f(1000, "optimizer updates in all")
     micro_batch_size: int = _f(1, "rows a forward pass and data-parallel rank")
     global_batch_size: int = _f(64, "rows an update over all ranks")
+    batch_ramp: list[BatchPhase] = _f([], "smaller batches before global_batch_size is reached, e.g. [{until_step: 500, rows: 16}]")
     precision: Literal["bf16", "fp32"] = _f("bf16", "type of weights and activations; masters and optimizer state are fp32")
     recompute: Literal["none", "selective", "full"] = _f(
         "none", "activations recomputed in backward: none; selective, the mixers' cores; full, whole layers"
     )
+    loss_chunk: int = _f(1024, "tokens whose logits exist at a time, in forward and again in backward; 0: all of a micro-batch")
     model_seed: int = _f(1, "seed of the initial weights")
     data_seed: int = _f(1, "seed of the data order")
     window_seed: int = _f(1, "seed of the window draws")
@@ -157,7 +196,14 @@ class CheckpointConfig:
     """Saving and resuming."""
 
     interval: int = _f(500, "steps between checkpoints (also after the last step); 0: never")
-    keep_last: int = _f(2, "complete checkpoints that are kept; 0: all")
+    asynchronous: bool = _f(
+        True, "train on while a thread writes; takes as much host memory as this rank's master weights and moments; false: wait"
+    )
+    keep_last: int = _f(2, "newest complete checkpoints that are kept; 0: all")
+    keep_every: int = _f(0, "checkpoints of every N-th step are kept for ever (N a multiple of interval); 0: none")
+    remote: str | None = _f(
+        None, "URL of a second home, e.g. s3://bucket/run (any that fsspec reaches): copied there, fetched from there where it is newer"
+    )
     resume: Literal["auto", "never"] = _f("auto", "auto: continue from the newest complete checkpoint of the run directory")
     allow_change: list[str] = _f(
         [], "fields outside model that may differ from the checkpoint's although they alter the run, e.g. train.steps"

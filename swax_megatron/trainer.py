@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from swax_megatron.batching import batch_rows
 from swax_megatron.callbacks.callback import Callback
-from swax_megatron.data.mixture import Mixture, SequenceBatch
-from swax_megatron.data.packing import Batch, pack
-from swax_megatron.errors import RunError
+from swax_megatron.data.mixture import Mixture
+from swax_megatron.data.packing import Batch
 from swax_megatron.execution import Pass, run_microbatches
+from swax_megatron.feed import Feed
 from swax_megatron.model.window import WindowSchedule, check_agreement, window_class
 from swax_megatron.optim.backend import OptimizerBackend
 from swax_megatron.optim.schedules import learning_rate
@@ -44,7 +44,7 @@ class Trainer:
         events: Events | None = None,
     ) -> None:
         self.config, self.groups, self.backend, self.data = config, groups, backend, data
-        self.eos_id = data.streams[0].dataset.eos_id
+        self.feed = Feed(config, groups, data)
         self.windows = WindowSchedule.from_config(config)
         self.state = TrainState(0, 0, data.initial_state())
         self.callbacks = list(callbacks)
@@ -71,6 +71,7 @@ class Trainer:
                 self.progress.enter("callbacks", result.step)
                 callback.after_step(self, result)
             self.progress.enter("agreement", result.step)
+        self.feed.close()
         self.progress.enter("end", self.state.step)
         if self.stop.agreed:
             self.record("signal", reason=self.stop.reason, step=self.state.step)
@@ -87,18 +88,17 @@ class Trainer:
     def train_step(self) -> StepResult:
         """One optimizer update on one global batch."""
         started = time.perf_counter()
-        step, train = self.state.step, self.config.train
+        step = self.state.step
         windows = self.windows.layers(step)
         size = window_class(self.windows.attention_windows(step))
         self.progress.enter("data", step, size)
         self._check_windows(step, windows)
 
-        plan, data = self.data.plan(self.state.data, train.global_batch_size)
-        batches = self.load_microbatches(plan)
+        batches, data, tokens = self.feed.take(self.state.data, step)
         waited = time.perf_counter() - started
 
         self.progress.enter("compute", step, size)
-        self.backend.zero_grad()
+        self.backend.zero_grad(len(batches))
         totals = run_microbatches(Pass(self.config, self.groups, self.backend.chunks, windows), batches, backward=True)
         rate = learning_rate(self.config, step, self.state.tokens_seen)
         self.progress.enter("update", step, size)
@@ -108,8 +108,9 @@ class Trainer:
         if any([callback.refuses(self, proposal) for callback in self.callbacks]):  # every callback looks: refusals may be collective
             self.backend.discard()
         else:
+            for callback in self.callbacks:
+                callback.before_update(self)
             self.backend.update(rate)
-        tokens = train.global_batch_size * self.config.data.sequence_length
         self.state = TrainState(step + 1, self.state.tokens_seen + tokens, data, self.state.guard)
         if self.groups.device.type == "cuda":
             torch.cuda.synchronize(self.groups.device)  # the update and the gathering of weights belong to this step
@@ -124,31 +125,17 @@ class Trainer:
             "time/data_wait_fraction": waited / seconds,
             "data/tokens_seen": float(self.state.tokens_seen),
             "data/targets": totals.targets,
+            "data/batch_rows": float(batch_rows(self.config, step)),
+            "data/padding_fraction": 1.0 - tokens / (batch_rows(self.config, step) * self.config.data.sequence_length),
+            **{f"data/epoch/{name}": epochs for name, epochs in self.data.epochs(data).items()},
         }
         metrics |= self.late_metrics
         self.late_metrics = {}
         return StepResult(step, windows, seen, seconds, tokens, metrics, waited, totals.busy)
 
     def load_microbatches(self, plan: list, data: Mixture | None = None) -> list[Batch]:
-        """This data-parallel rank's rows of a global batch, cut into microbatches on the device.
-
-        Rows are dealt out contiguously. Every tensor- and pipeline-parallel rank reads the same rows itself: they are
-        a pure function of the plan, so nothing is broadcast and the middle stages know the document boundaries.
-        """
-        size = self.config.train.micro_batch_size
-        rows = len(plan) // self.groups.data_size
-        mine = plan[self.groups.data_rank * rows : (self.groups.data_rank + 1) * rows]
-        source = data or self.data
-        try:
-            return [self._pack(source.load(mine[start : start + size])) for start in range(0, rows, size)]
-        except OSError as error:
-            raise RunError(
-                f"step {self.state.step}: training data cannot be read ({error}); put the data set back as it was, then start again"
-            ) from error
-
-    def _pack(self, rows: SequenceBatch) -> Batch:
-        batch = pack(rows.ids_bt1, rows.mask_bt1, self.eos_id, self.config.model.document_boundary)
-        return Batch(**{item.name: getattr(batch, item.name).to(self.groups.device) for item in fields(batch)})
+        """This rank's rows of a global batch, cut into microbatches on the device; read now."""
+        return self.feed.read(plan, data or self.data)
 
     def _check_windows(self, step: int, windows: tuple[int, ...]) -> None:
         interval = self.config.window.check_interval

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,19 +11,28 @@ from tests.corpus import write_corpus
 from tests.workers import Workers
 
 
+class Pools:
+    """pools(n): the session's pool of n processes; a pool that a failed test took down is started anew."""
+
+    def __init__(self) -> None:
+        self._pools: dict[int, Workers] = {}
+
+    def __call__(self, size: int) -> Workers:
+        if size not in self._pools or not self._pools[size].alive:
+            self._pools[size] = Workers(size)
+        return self._pools[size]
+
+    def keep(self, *sizes: int) -> None:
+        """End the others: a process holds half a gigabyte."""
+        for size in self._pools.keys() - set(sizes):
+            self._pools.pop(size).close()
+
+
 @pytest.fixture(scope="session")
-def workers() -> Iterator[Callable[[int], Workers]]:
-    """workers(n): the session's pool of n processes; a pool that a failed test took down is started anew."""
-    pools: dict[int, Workers] = {}
-
-    def pool(size: int) -> Workers:
-        if size not in pools or not pools[size].alive:
-            pools[size] = Workers(size)
-        return pools[size]
-
-    yield pool
-    for each in pools.values():
-        each.close()
+def workers() -> Iterator[Pools]:
+    pools = Pools()
+    yield pools
+    pools.keep()
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,7 @@ def small_config(corpus: Path, run_dir: Path, **sections: dict[str, Any]) -> dic
             "sequence_length": SEQUENCE_LENGTH,
         },
         "optimizer": {"learning_rate": 5e-3, "warmup": 2, "eps": 1e-2, "clip_grad": 0.5},
-        "train": {"steps": 4, "micro_batch_size": 1, "global_batch_size": 4, "precision": "fp32"},
+        "train": {"steps": 4, "micro_batch_size": 1, "global_batch_size": 4, "precision": "fp32", "loss_chunk": 32},
         "validation": {"interval": 0, "sequences": 5},
         "checkpoint": {"interval": 0},
         "kernels": {"backend": "reference", "mlstm_chunk": 16},

@@ -25,6 +25,9 @@ class Callback:
     def after_rewind(self, trainer: Trainer) -> None:
         """The rewind is saved and told."""
 
+    def before_update(self, trainer: Trainer) -> None:
+        """After the backward passes of a step, before its update changes any weight."""
+
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """After every update; ``trainer.state.step`` is already one more than ``result.step``."""
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from swax_megatron.callbacks.callback import Callback
 from swax_megatron.callbacks.checkpoint import Checkpoints
-from swax_megatron.checkpoint.store import discard_after, list_checkpoints, open_checkpoint
+from swax_megatron.checkpoint.store import list_checkpoints, open_checkpoint
 from swax_megatron.errors import RunError
 from swax_megatron.model.window import window_class
 from swax_megatron.state import Proposal, StepResult
@@ -85,13 +85,13 @@ class SpikeGuard(Callback):
                 "Start anew with a lower optimizer.learning_rate, or save more often (checkpoint.interval, checkpoint.keep_last)"
             )
         checkpoint = open_checkpoint(target[0])
+        self.checkpoints.finish(trainer)  # what is being saved belongs to the steps that are taken back
         self.checkpoints.load(trainer, checkpoint)
         window = {"step": step, "to": checkpoint.step, "first_sample": trainer.state.data.sample, "end_sample": state.data.sample}
         trainer.state = replace(trainer.state, data=state.data, guard=trainer.state.guard.rewound(state.guard, window))
         for callback in trainer.callbacks:
             callback.on_rewind(trainer, step)
-        discard_after(self.checkpoints.root, checkpoint.step)
-        self.checkpoints.saved_step = -1
+        self.checkpoints.discard_after(trainer, checkpoint.step)
         self.checkpoints.save(trainer)
         trainer.record("rewind", **window)
         if groups.rank == 0:

@@ -48,14 +48,15 @@ class Metrics(Callback):
         for summary in hparams(_flat(to_dict(config)), {"loss/train": float("nan")}):
             self.writer.file_writer.add_summary(summary, first)
         _log.info(
-            "%s parameters, step %d of %d, %d processes (tensor %d, pipeline %d, data %d) on %s, run directory %s",
+            "%s parameters, step %d of %d, %d processes (tensor %d, pipeline %d, context %d, data %d) on %s, run directory %s",
             f"{param_count(config.model):,}",
             first,
             config.train.steps,
             trainer.groups.world_size,
             trainer.groups.tensor_size,
             trainer.groups.pipeline_size,
-            trainer.groups.data_size,
+            trainer.groups.context_size,
+            trainer.groups.replicas,
             trainer.groups.device.type,
             self.run_dir,
         )

@@ -36,7 +36,7 @@ class Validation(Callback):
         test = config.window.test_window
         batches = self._batches(trainer)
         metrics: dict[str, float] = {}
-        a_step = config.train.global_batch_size // (config.train.micro_batch_size * trainer.groups.data_size)
+        a_step = config.train.global_batch_size // (config.train.micro_batch_size * trainer.groups.replicas)
         stages = trainer.groups.pipeline_size
         size = max(1, a_step // stages) * stages  # the interleaved schedule wants a multiple of the stages
         for window in sorted({*config.window.windows, config.window.anneal_window, test}):
@@ -59,10 +59,10 @@ class Validation(Callback):
         config, groups = trainer.config, trainer.groups
         wanted = config.validation.sequences
         plan, _ = self.data.plan(self.data.initial_state(), wanted)
-        unit = config.train.micro_batch_size * groups.data_size * groups.pipeline_size
+        unit = config.train.micro_batch_size * groups.replicas * groups.pipeline_size
         padded = plan + plan[:1] * (-len(plan) % unit)
         batches = trainer.load_microbatches(padded, self.data)
-        first_row = groups.data_rank * (len(padded) // groups.data_size)
+        first_row = groups.replica * (len(padded) // groups.replicas)
         for index, batch in enumerate(batches):
             start = first_row + index * config.train.micro_batch_size
             batch.loss_mask_bt[max(0, wanted - start) :] = 0.0

@@ -1,9 +1,10 @@
 """What may differ between a checkpoint's configuration and the one that resumes it.
 
-* Never: the model, the seeds of the weights and of the data order, the row length, names and order of the training sources there were,
-  and whatever would give steps already done another attention window. They are the past; another past is another run.
+* Never: the model, the seeds of the weights and of the data order, the row length, packing and shuffling, names and order of
+  the training sources there were, weights and batch sizes of steps already done, and whatever would give
+  those steps another attention window. They are the past; another past is another run.
 * With the field named in ``checkpoint.allow_change``: what alters the steps to come (train.steps, batch size, optimizer, window,
-  precision, source weights, further sources, and every field this file does not know).
+  precision, source weights now and from a later step on, further sources, and every field this file does not know).
 * Freely: layout, backend, micro-batch, recomputation, kernels, monitoring, validation, checkpointing, resilience, paths.
 """
 
@@ -12,11 +13,12 @@ from __future__ import annotations
 from math import ceil
 from typing import Any
 
+from swax_megatron.batching import batch_rows, batch_sizes, rows_before
 from swax_megatron.config import from_dict, to_dict
 from swax_megatron.model.window import WindowSchedule
 from swax_megatron.schema import Config
 
-_NEVER = {"train.model_seed", "train.data_seed", "data.sequence_length"}
+_NEVER = {"train.model_seed", "train.data_seed", "data.sequence_length", "data.packing", "data.shuffle_tokens"}
 _FREE_SECTIONS = {"parallel", "validation", "checkpoint", "kernels", "monitor", "resilience"}
 _FREE = {
     "run_dir",
@@ -24,10 +26,20 @@ _FREE = {
     "data.validation",
     "data.tokenizer",
     "data.verify",
+    "data.damaged",
+    "data.workers",
+    "data.prefetch",
+    "data.cache",
+    "data.cache_gib",
+    "data.retries",
     "optimizer.backend",
     "optimizer.zero_stage",
+    "optimizer.overlap_gradients",
+    "optimizer.overlap_parameters",
+    "optimizer.offload",
     "train.micro_batch_size",
     "train.recompute",
+    "train.loss_chunk",
     "train.deterministic",
     "train.threads",
     "train.distributed_timeout",
@@ -79,6 +91,7 @@ def check_resume(saved_config: dict[str, Any], config: dict[str, Any], allow_cha
     if new.train.steps < done_steps:
         raise ValueError(f"train.steps={new.train.steps}: the checkpoint already holds {done_steps} updates; set train.steps to more")
     _check_windows(old, new, done_steps)
+    _check_phases(old, new, done_steps)
     _check_learning_rate(old, new, allow_change, done_steps)
     return accepted
 
@@ -106,7 +119,7 @@ def _flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, list) and value and isinstance(value[0], dict):
+    if isinstance(value, list) and value and isinstance(value[0], dict) and "path" in value[0]:
         return "[" + ", ".join(f"{source['name']}*{source['weight']:g} at {source['path']}" for source in value) + "]"
     return repr(value)
 
@@ -132,6 +145,27 @@ def _check_windows(old: Config, new: Config, done_steps: int) -> None:
     )
 
 
+def _check_phases(old: Config, new: Config, done_steps: int) -> None:
+    """Refuse a curriculum or a ramp of the batch that would give a step already done other weights or another batch."""
+    weights = [[(change.step, change.weights) for change in c.data.curriculum if change.step < done_steps] for c in (old, new)]
+    if weights[0] != weights[1]:
+        raise ValueError(
+            f"data.curriculum: changes before step {done_steps}, which is done, were {weights[0]} and would now be {weights[1]}: "
+            "put them back; later ones may change"
+        )
+    sizes = [[batch_rows(c, step) for step in range(min(done_steps, _ramp_end(old, new)))] for c in (old, new)]
+    if sizes[0] != sizes[1]:
+        step = next(step for step, (before, after) in enumerate(zip(*sizes, strict=True)) if before != after)
+        raise ValueError(
+            f"train.batch_ramp: step {step}, one of the {done_steps} already done, had {sizes[0][step]} rows and would now have "
+            f"{sizes[1][step]}: put the past phases back; later ones may change"
+        )
+
+
+def _ramp_end(*configs: Config) -> int:
+    return max((phase.until_step for c in configs for phase in c.train.batch_ramp), default=0)
+
+
 def _windows(schedule: WindowSchedule, step: int) -> tuple[int, ...]:
     layers = range(len(schedule.kinds)) if schedule.per_layer else (0,)
     each = tuple(min(schedule.window(step, layer), schedule.sequence_length) for layer in layers)
@@ -140,7 +174,7 @@ def _windows(schedule: WindowSchedule, step: int) -> tuple[int, ...]:
 
 def _check_learning_rate(old: Config, new: Config, allow_change: list[str], done_steps: int) -> None:
     """A new total moves the learning-rate schedule: past steps may be affected only where optimizer.schedule is named as well."""
-    batch_changed = old.train.global_batch_size != new.train.global_batch_size
+    batch_changed = batch_sizes(old) != batch_sizes(new)
     if batch_changed and done_steps and new.optimizer.schedule_unit == "tokens" and "optimizer.schedule" not in allow_change:
         raise ValueError(
             f"train.global_batch_size={new.train.global_batch_size} (the checkpoint has {old.train.global_batch_size}) moves a schedule in "
@@ -158,7 +192,7 @@ def _check_learning_rate(old: Config, new: Config, allow_change: list[str], done
         way = f"set optimizer.decay_fraction={fraction!r}, " if 0 < fraction else ""
         way += f"resume a checkpoint of step {min(starts)} or before, "
     else:
-        tokens_a_step = new.train.global_batch_size * new.data.sequence_length
+        tokens_a_step = batch_rows(new, 0) * new.data.sequence_length
         warmup = new.optimizer.warmup if new.optimizer.schedule_unit == "steps" else new.optimizer.warmup // tokens_a_step
         if done_steps <= warmup:
             return
@@ -171,5 +205,6 @@ def _check_learning_rate(old: Config, new: Config, allow_change: list[str], done
 
 def _total(config: Config) -> int:
     """Length of the run in the schedule's unit."""
-    unit = 1 if config.optimizer.schedule_unit == "steps" else config.train.global_batch_size * config.data.sequence_length
-    return config.train.steps * unit
+    if config.optimizer.schedule_unit == "steps":
+        return config.train.steps
+    return rows_before(config, config.train.steps) * config.data.sequence_length

@@ -59,24 +59,36 @@ def latest(root: str | Path) -> Path | None:
     return next((path for _, path in reversed(_candidates(Path(root))) if is_complete(path)), None)
 
 
-def prune(root: str | Path, keep_last: int, stale_seconds: float = STALE_SECONDS) -> list[Path]:
-    """Delete all but the newest ``keep_last`` complete checkpoints (0: keep all) and what killed runs left behind.
+def doomed_steps(steps: list[int], keep_last: int, keep_every: int = 0) -> list[int]:
+    """Of ascending steps those that retention gives up: not among the newest ``keep_last`` (0: keep all), no multiple of ``keep_every``.
 
-    A temporary folder is stale when nothing in it changed for ``stale_seconds``; incomplete, foreign and ``aside`` folders are
-    never touched. Acts on rank 0 alone. Each folder is renamed first, so that no half-deleted one can be taken for whole.
-    Returns what was removed. Raises ValueError for a negative ``keep_last``.
+    Raises ValueError for negative numbers.
     """
     if keep_last < 0:
         raise ValueError(f"checkpoint.keep_last={keep_last}: give the number of checkpoints to keep, or 0 to keep all")
+    if keep_every < 0:
+        raise ValueError(f"checkpoint.keep_every={keep_every}: give the distance of the steps to keep for ever, or 0 for none")
+    older = steps[:-keep_last] if keep_last else []
+    return [step for step in older if not keep_every or step % keep_every]
+
+
+def prune(root: str | Path, keep_last: int, keep_every: int = 0, stale_seconds: float = STALE_SECONDS) -> list[Path]:
+    """Delete all but the newest ``keep_last`` complete checkpoints (0: keep all) and those of every ``keep_every``-th step (0: none),
+    and what killed runs left behind.
+
+    A temporary folder is stale when nothing in it changed for ``stale_seconds``; incomplete, foreign and ``aside`` folders are
+    never touched. Acts on rank 0 alone. Each folder is renamed first, so that no half-deleted one can be taken for whole.
+    Returns what was removed. Raises ValueError for negative numbers.
+    """
     if dist.is_initialized() and dist.get_rank() != 0:
         return []
     root = Path(root)
-    complete = list_checkpoints(root)
-    doomed = complete[:-keep_last] if keep_last else []
+    complete = {step: path for step, path in _candidates(root) if is_complete(path)}
+    doomed = [complete[step] for step in doomed_steps(list(complete), keep_last, keep_every)]
     for path in sorted(root.iterdir()) if root.is_dir() else []:
         match = _CHECKPOINT.fullmatch(path.name)
         stale = _TEMPORARY.fullmatch(path.name) and time.time() - _last_change(path) > stale_seconds
-        superseded = match and match[2] is not None and path not in complete
+        superseded = match and match[2] is not None and path not in complete.values()
         if stale or superseded or _DELETING.fullmatch(path.name):
             doomed.append(path)
     for path in doomed:

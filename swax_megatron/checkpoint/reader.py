@@ -37,6 +37,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise ValueError(f"{path} is no complete checkpoint ({missing} is missing): give one that was saved to the end") from error
     if marker != hashlib.sha256(text).hexdigest().encode():
         raise ValueError(f"{path / MANIFEST} is not what was saved (its hash is not the one in COMPLETE): move it away to use an older one")
+    return from_manifest(path, text)
+
+
+def from_manifest(path: Path, text: bytes) -> Checkpoint:
+    """The checkpoint that a manifest describes. ValueError for a newer format, a wrong manifest and chunks that do not tile."""
     try:
         manifest = json.loads(text)
         version = int(manifest["format_version"])

@@ -56,17 +56,37 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    size = 0
-    with open(path, "xb", buffering=0) as file:
+    with DurableWriter(path) as file:
         for block in _blocks(text, names, tensors):
-            digest.update(block)
-            size += len(block)
-            view = memoryview(block)
-            while view:  # an unbuffered write may be short
-                view = view[file.write(view) :]
-        os.fsync(file.fileno())
-    return {"sha256": digest.hexdigest(), "bytes": size}
+            file.write(block)
+    return {"sha256": file.sha256, "bytes": file.bytes}
+
+
+class DurableWriter:
+    """A new file, hashed as it is written, fsynced at the end of the ``with`` block."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._digest, self.bytes = path, hashlib.sha256(), 0
+
+    def __enter__(self) -> DurableWriter:
+        self._file = open(self._path, "xb", buffering=0)
+        return self
+
+    def write(self, block: bytes | memoryview) -> None:
+        self._digest.update(block)
+        self.bytes += len(block)
+        view = memoryview(block)
+        while view:  # an unbuffered write may be short
+            view = view[self._file.write(view) :]
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        with self._file:
+            if kind is None:
+                os.fsync(self._file.fileno())
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
 
 
 def _blocks(header: bytes, names: list[str], tensors: dict[str, Tensor]) -> Iterator[Any]:
@@ -87,6 +107,16 @@ def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
             if progress is not None:
                 progress(len(block))
     return digest.hexdigest()
+
+
+def sha256_on_disk(path: Path) -> str:
+    """Hex digest of a file that was fsynced, its pages dropped from the cache first where the system does that."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+    return sha256_of(path)
 
 
 @contextmanager

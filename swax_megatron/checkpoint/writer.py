@@ -1,7 +1,8 @@
 """Save: every rank writes its own fragments, rank 0 checks that they tile every tensor and publishes the folder.
 
-Three meetings of the ranks: rank 0 names the temporary folder; the chunk tables (or an error) go to rank 0; rank 0
-tells the outcome. A rank that fails reports instead of leaving, so that all raise and none waits.
+Three meetings of the ranks, over a process group or, in the background, over files: rank 0 names the temporary folder;
+the chunk tables (or an error) go to rank 0; rank 0 tells the outcome. A rank that fails reports instead of leaving, so
+that all raise and none waits.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from torch import Tensor
 from swax_megatron.checkpoint.boxes import Box, tiling_error
 from swax_megatron.checkpoint.deferred import Deferred
 from swax_megatron.checkpoint.folder import COMPLETE, MANIFEST, fsync_folder, publish, write_file
+from swax_megatron.checkpoint.mail import Mail
 from swax_megatron.checkpoint.ranks import Ranks
-from swax_megatron.checkpoint.tensorfile import dtype_name, write_tensors
+from swax_megatron.checkpoint.tensorfile import dtype_name, sha256_on_disk, write_tensors
 from swax_megatron.errors import RunError
 
 FORMAT_VERSION = 1
@@ -84,13 +86,27 @@ def save(
     and for config or state that is no JSON; RunError, naming the rank, for anything else that fails (a full disk).
     A complete ``step_N`` is replaced; an incomplete or foreign one is moved aside.
     """
-    ranks = Ranks.of(group)
+    return save_among(Ranks.of(group), root, step, fragments, config=config, state=state, rank_state=rank_state)
+
+
+def save_among(
+    ranks: Ranks | Mail,
+    root: str | Path,
+    step: int,
+    fragments: Iterable[Fragment],
+    *,
+    config: dict[str, Any],
+    state: dict[str, Any],
+    rank_state: dict[str, Tensor] | None = None,
+    read_back: bool = False,
+) -> Path:
+    """``save`` among ranks that meet in any way. ``read_back``: hash every file again as the disk holds it."""
     root = Path(root)
     error: Exception | None = None
     opening: dict[str, Any] = {}
     if ranks.rank == 0:
         try:
-            opening["folder"] = _open_folder(root, step, config, state)
+            opening["folder"] = open_folder(root, step, config, state)
         except Exception as caught:  # reported to all ranks
             error, opening["failure"] = caught, _describe(0, caught)
     opening = ranks.broadcast(opening)
@@ -98,7 +114,9 @@ def save(
     temporary = root / opening["folder"]
 
     try:
-        report = _write_rank(temporary, ranks.rank, list(fragments), rank_state)
+        report = write_rank(temporary, ranks.rank, list(fragments), rank_state)
+        if read_back:
+            _compare_with_disk(temporary, report["files"])
     except Exception as caught:  # reported to all ranks
         error, report = caught, {"failure": _describe(ranks.rank, caught)}
     reports = ranks.gather(report)
@@ -108,7 +126,7 @@ def save(
         try:
             failure = next((r["failure"] for r in reports if "failure" in r), None)
             if failure is None:
-                _finish(root, step, temporary, reports, config, state)
+                finish(root, step, temporary, reports, config, state)
         except Exception as caught:  # reported to all ranks
             error, failure = caught, _describe(0, caught)
     failure = ranks.broadcast(failure)
@@ -118,7 +136,7 @@ def save(
     return root / f"step_{step}"
 
 
-def _open_folder(root: Path, step: int, config: dict[str, Any], state: dict[str, Any]) -> str:
+def open_folder(root: Path, step: int, config: dict[str, Any], state: dict[str, Any]) -> str:
     if not isinstance(step, int) or step < 0:
         raise ValueError(f"step={step!r}: the number of updates done, 0 or more")
     for name, value in (("config", config), ("state", state)):
@@ -131,7 +149,7 @@ def _open_folder(root: Path, step: int, config: dict[str, Any], state: dict[str,
     return name
 
 
-def _write_rank(folder: Path, rank: int, fragments: list[Fragment], rank_state: dict[str, Tensor] | None) -> dict[str, Any]:
+def write_rank(folder: Path, rank: int, fragments: list[Fragment], rank_state: dict[str, Tensor] | None) -> dict[str, Any]:
     """Write this rank's files; returns {"chunks": [(key, shape, dtype, file, offsets, sizes)], "files": {...}, "state": name or None}."""
     file = f"rank_{rank:05d}.safetensors"
     tensors: dict[str, Tensor] = {}
@@ -154,7 +172,13 @@ def _write_rank(folder: Path, rank: int, fragments: list[Fragment], rank_state: 
     return {"chunks": chunks, "files": files, "state": state_file}
 
 
-def _finish(
+def _compare_with_disk(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    for name, entry in files.items():
+        if sha256_on_disk(folder / name) != entry["sha256"]:
+            raise RunError(f"{folder / name} does not read back as it was written: check the disk")
+
+
+def finish(
     root: Path, step: int, temporary: Path, reports: list[dict[str, Any]], config: dict[str, Any], state: dict[str, Any]
 ) -> None:
     """Rank 0: check, write manifest.json and COMPLETE, rename."""

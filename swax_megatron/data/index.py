@@ -75,26 +75,36 @@ def read_header(path: Path) -> IndexHeader:
         size = path.stat().st_size
     except OSError as error:
         raise ValueError(f"index {path} cannot be read: {error.strerror}; copy the data set again") from error
-    if len(words) < HEADER_WORDS or int(words[0]) != MAGIC:
-        raise ValueError(f"index {path} is not a shard index; copy the data set again")
-    if int(words[1]) > INDEX_VERSION:
-        raise ValueError(f"index {path} has version {int(words[1])}, newer than this program's {INDEX_VERSION}: update swax_megatron")
-    header = IndexHeader(*(int(word) for word in words[2:7]), has_mask=bool(words[7]))
-    if size != 8 * header.words:
-        raise ValueError(f"index {path} has {size} bytes where its header states {8 * header.words}; copy the data set again")
-    return header
+    return _header(words, size, str(path))
 
 
 def read_index(path: Path) -> ShardIndex:
     """The whole index, checked against itself; raises ValueError as ``read_header`` does."""
-    header = read_header(path)
-    words = np.fromfile(path, "<i8")
+    read_header(path)
+    return parse_index(np.fromfile(path, np.uint8), str(path))
+
+
+def parse_index(raw: np.ndarray, name: str) -> ShardIndex:
+    """The index in the bytes ``raw`` (size,) uint8, as views of them, checked; ``name`` is for messages."""
+    words = raw[: len(raw) // 8 * 8].view("<i8")
+    header = _header(words[:HEADER_WORDS].view("<u8"), len(raw), name)
     members = words[HEADER_WORDS : HEADER_WORDS + MEMBER_WORDS * header.members].reshape(-1, MEMBER_WORDS)
     starts = words[HEADER_WORDS + MEMBER_WORDS * header.members :]
     index = ShardIndex(header, members, starts)
     if not _consistent(index):
-        raise ValueError(f"index {path} contradicts itself; copy the data set again")
+        raise ValueError(f"index {name} contradicts itself; copy the data set again")
     return index
+
+
+def _header(words: np.ndarray, size: int, name: str) -> IndexHeader:
+    if len(words) < HEADER_WORDS or int(words[0]) != MAGIC:
+        raise ValueError(f"index {name} is not a shard index; copy the data set again")
+    if int(words[1]) > INDEX_VERSION:
+        raise ValueError(f"index {name} has version {int(words[1])}, newer than this program's {INDEX_VERSION}: update swax_megatron")
+    header = IndexHeader(*(int(word) for word in words[2:7]), has_mask=bool(words[7]))
+    if size != 8 * header.words:
+        raise ValueError(f"index {name} has {size} bytes where its header states {8 * header.words}; copy the data set again")
+    return header
 
 
 def _consistent(index: ShardIndex) -> bool:

@@ -36,35 +36,34 @@ def id_dtype(vocab_size: int) -> np.dtype:
 class _Shard:
     """One tar that is being written, hashed on the way."""
 
-    def __init__(self, folder: Path, number: int, dtype: np.dtype) -> None:
-        self.folder, self.name, self.number, self.dtype = folder, f"shard-{number:06d}", number, dtype
+    def __init__(self, folder: Path, name: str, keys: str, dtype: np.dtype) -> None:
+        self.folder, self.name, self.keys, self.dtype = folder, name, keys, dtype
         self.bytes = self.documents = self.tokens = 0
         self._members: list[tuple[int, int, int, int]] = []
         self._lengths: list[np.ndarray] = []
         self._sha = hashlib.sha256()
-        self._file = open(folder / f"{self.name}.tar", "wb")
+        self._file = open(folder / f"{self.name}.tar", "wb", buffering=0)
 
     def _write(self, data: Any) -> None:
-        self._file.write(data)
+        left = memoryview(data)
+        try:
+            while left:  # a raw write may take only a part
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from error
         self._sha.update(data)
         self.bytes += len(data)
 
-    def _member(self, name: str, payload: Any) -> int:
-        """Append one tar member; returns the byte offset of its payload."""
-        info = tarfile.TarInfo(name)
-        info.size, info.mode = len(payload), 0o644
-        self._write(info.tobuf(tarfile.USTAR_FORMAT))
-        offset = self.bytes
-        self._write(payload)
-        self._write(b"\0" * (-len(payload) % _BLOCK))
-        return offset
-
     def add(self, ids: np.ndarray, lengths: np.ndarray, mask: np.ndarray | None) -> None:
-        """Append one sample that holds whole documents."""
-        key = f"{self.number:06d}-{len(self._members):06d}"
-        ids_at = self._member(f"{key}.ids", ids.astype(self.dtype, copy=False).tobytes())
-        self._member(f"{key}.lengths", lengths.astype("<u4").tobytes())
-        mask_at = 0 if mask is None else self._member(f"{key}.mask", mask.astype("u1").tobytes())
+        """Append one sample that holds whole documents, all its tar members in one write."""
+        key = f"{self.keys}{len(self._members):06d}"
+        ids_at, mask_at = self.bytes + _BLOCK, 0
+        parts = [*_member(f"{key}.ids", ids.astype(self.dtype, copy=False).tobytes())]
+        parts += _member(f"{key}.lengths", lengths.astype("<u4").tobytes())
+        if mask is not None:
+            mask_at = self.bytes + sum(map(len, parts)) + _BLOCK
+            parts += _member(f"{key}.mask", mask.astype("u1").tobytes())
+        self._write(b"".join(parts))
         self._members.append((ids_at, self.tokens, self.documents, mask_at))
         self._lengths.append(lengths)
         self.tokens += len(ids)
@@ -73,12 +72,13 @@ class _Shard:
     def close(self) -> dict[str, Any]:
         """End the tar, write the index, return the shard's entry of the manifest."""
         self._write(_END)
-        _sync_close(self._file)
+        os.fsync(self._file.fileno())
+        self._file.close()
         starts = np.concatenate([[0], np.cumsum(np.concatenate(self._lengths), dtype=np.int64)])
         has_mask = self._members[0][3] > 0
         header = IndexHeader(self.documents, self.tokens, len(self._members), self.bytes, self.dtype.itemsize, has_mask)
         index = encode_index(header, np.array(self._members, np.int64), starts)
-        _write_synced(self.folder / f"{self.name}.idx", index)
+        write_synced(self.folder / f"{self.name}.idx", index)
         return {
             "file": f"{self.name}.tar",
             "sha256": self._sha.hexdigest(),
@@ -94,15 +94,27 @@ class _Shard:
         self._file.close()
 
 
-class DatasetWriter:
-    """Writes one data set into ``folder``, which must exist; whole only once ``finish`` has written the manifest.
+class ShardWriter:
+    """Documents into numbered shards in ``folder``, which must exist; ``close`` returns their entries of the manifest.
 
-    shard_bytes and member_bytes are targets in bytes. A data set has loss masks in every block or in none.
+    shard_bytes and member_bytes are targets in bytes; shard_bytes None: everything goes into one shard.
+    keys: what the webdataset key of every sample begins with, so that keys of shards written apart stay different.
+    first: the number of the first shard.
+    Loss masks are given for every block or for none.
     """
 
-    def __init__(self, folder: str | Path, vocab_size: int, shard_bytes: int = 64 << 20, member_bytes: int = 1 << 20) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        vocab_size: int,
+        shard_bytes: int | None = 64 << 20,
+        member_bytes: int = 1 << 20,
+        keys: str = "",
+        first: int = 0,
+    ) -> None:
         self.folder, self.vocab_size, self.dtype = Path(folder), vocab_size, id_dtype(vocab_size)
-        self._shard_bytes, self._member_tokens = shard_bytes, max(1, min(member_bytes, shard_bytes) // self.dtype.itemsize)
+        self._shard_bytes, self._keys, self._first = shard_bytes, keys, first
+        self._member_tokens = max(1, min(member_bytes, shard_bytes or member_bytes) // self.dtype.itemsize)
         self._open: _Shard | None = None
         self._entries: list[dict[str, Any]] = []
         self._blocks: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
@@ -110,8 +122,16 @@ class DatasetWriter:
         self._has_mask: bool | None = None
         self.documents = self.tokens = self.text_bytes = 0
 
+    @property
+    def has_mask(self) -> bool:
+        """Whether the blocks came with loss masks."""
+        return bool(self._has_mask)
+
     def add(self, ids: np.ndarray, lengths: np.ndarray, *, text_bytes: int = 0, mask: np.ndarray | None = None) -> None:
-        """Append documents: ``ids`` (N,) one after another with their EOS, ``lengths`` (D,) >= 1 with sum N, ``mask`` (N,) of 0 and 1."""
+        """Append documents: ``ids`` (N,) one after another with their EOS, ``lengths`` (D,) >= 1 with sum N, ``mask`` (N,) of 0 and 1.
+
+        Raises ValueError where they do not fit each other or the vocabulary, OSError where the disk is full.
+        """
         lengths = np.asarray(lengths, np.int64)
         if int(lengths.sum()) != len(ids) or (lengths < 1).any() or (mask is not None and len(mask) != len(ids)):
             raise ValueError(f"lengths (sum {int(lengths.sum())}) and mask must fit the {len(ids)} ids, with no empty document")
@@ -145,69 +165,104 @@ class DatasetWriter:
 
     def _write_member(self, ids: np.ndarray, lengths: np.ndarray, mask: np.ndarray | None) -> None:
         size = len(ids) * (self.dtype.itemsize + (mask is not None)) + 4 * len(lengths)
-        if self._open is not None and self._open.bytes + size > self._shard_bytes:
+        if self._open is not None and self._shard_bytes is not None and self._open.bytes + size > self._shard_bytes:
             self._entries.append(self._open.close())
             self._open = None
         if self._open is None:
-            self._open = _Shard(self.folder, len(self._entries), self.dtype)
+            number = self._first + len(self._entries)
+            self._open = _Shard(self.folder, shard_name(number), f"{self._keys}{number:06d}-", self.dtype)
         self._open.add(ids, lengths, mask)
 
-    def finish(self, tokenizer: str | Path, special_ids: dict[str, int], **notes: Any) -> dict[str, Any]:
-        """Write what is pending, the tokenizer and, last, the manifest; returns the manifest.
-
-        ``special_ids`` holds unk_id, bos_id and eos_id; ``notes`` (JSON) such as sources and options are stored as they are.
-        """
+    def close(self) -> list[dict[str, Any]]:
+        """Write what is pending; the entries of all shards, none where no document was added."""
         if self._blocks:
             self._flush(everything=True)
-        if self._open is None:
-            raise ValueError("no document was added: a data set must hold at least one")
-        self._entries.append(self._open.close())
-        self._open = None
-        copy = self.folder / TOKENIZER
-        shutil.copyfile(tokenizer, copy)
-        with open(copy, "rb") as file:
-            os.fsync(file.fileno())
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "dtype": self.dtype.name,
-            "loss_mask": bool(self._has_mask),
-            "tokenizer": {"file": TOKENIZER, "sha256": fingerprint(copy), "vocab_size": self.vocab_size, **special_ids},
-            "totals": {
-                "shards": len(self._entries),
-                "documents": self.documents,
-                "tokens": self.tokens,
-                "text_bytes": self.text_bytes,
-                "bytes": sum(entry["bytes"] for entry in self._entries),
-            },
-            **notes,
-            "shards": self._entries,
-        }
-        _write_synced(self.folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-        sync_folder(self.folder)
-        return manifest
+            self._blocks = []
+        if self._open is not None:
+            self._entries.append(self._open.close())
+            self._open = None
+        return self._entries
 
     def abort(self) -> None:
-        """Close the open file after an error; the folder is left without a manifest."""
+        """Close the open file after an error; what lies in the folder is not to be used."""
         if self._open is not None:
             self._open.abort()
             self._open = None
 
 
-def _sync_close(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
+class DatasetWriter(ShardWriter):
+    """Writes one data set into ``folder``, which must exist; whole only once ``finish`` has written the manifest."""
+
+    def finish(self, tokenizer: str | Path, special_ids: dict[str, int], **notes: Any) -> dict[str, Any]:
+        """Write what is pending, the tokenizer and, last, the manifest; returns the manifest (see ``write_manifest``)."""
+        entries = self.close()
+        return write_manifest(self.folder, entries, self.text_bytes, tokenizer, self.vocab_size, special_ids, self.has_mask, **notes)
 
 
-def _write_synced(path: Path, data: bytes) -> None:
-    file = open(path, "wb")
-    file.write(data)
-    _sync_close(file)
+def shard_name(number: int) -> str:
+    """The name of a shard's files, without what follows the dot."""
+    return f"shard-{number:06d}"
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames and new names inside a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
+def _member(name: str, payload: bytes) -> tuple[bytes, bytes, bytes]:
+    """A tar member: header, payload, and the zeros up to the next block."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = len(payload), 0o644
+    return info.tobuf(tarfile.USTAR_FORMAT), payload, b"\0" * (-len(payload) % _BLOCK)
+
+
+def write_manifest(
+    folder: Path,
+    entries: list[dict[str, Any]],
+    text_bytes: int,
+    tokenizer: str | Path,
+    vocab_size: int,
+    special_ids: dict[str, int],
+    loss_mask: bool = False,
+    **notes: Any,
+) -> dict[str, Any]:
+    """Complete a folder of shards: a copy of the tokenizer and, last, the manifest, which is returned.
+
+    entries: what ``ShardWriter.close`` returned, in the order of the data set; ``text_bytes`` of UTF-8 text are in them.
+    special_ids: unk_id, bos_id and eos_id.  notes: JSON values such as sources and options, stored as they are.
+    Raises ValueError where there is no shard.
+    """
+    if not entries:
+        raise ValueError("no document was added: a data set must hold at least one")
+    copy = folder / TOKENIZER
+    shutil.copyfile(tokenizer, copy)
+    sync(copy)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "dtype": id_dtype(vocab_size).name,
+        "loss_mask": loss_mask,
+        "tokenizer": {"file": TOKENIZER, "sha256": fingerprint(copy), "vocab_size": vocab_size, **special_ids},
+        "totals": {
+            "shards": len(entries),
+            "documents": sum(entry["documents"] for entry in entries),
+            "tokens": sum(entry["tokens"] for entry in entries),
+            "text_bytes": text_bytes,
+            "bytes": sum(entry["bytes"] for entry in entries),
+        },
+        **notes,
+        "shards": entries,
+    }
+    write_synced(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    sync(folder)
+    return manifest
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a small file and wait until it is on the disk."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or the renames and new names inside a folder, durable."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -8,7 +8,7 @@ import sentencepiece
 from tokenizers import Tokenizer
 
 from swax_megatron.data.shards import fingerprint
-from swax_megatron.hf.tokenizer import HARD_STRINGS, check_same_ids, parse_model
+from swax_megatron.hf.tokenizer import HARD_STRINGS, check_same_ids, read_proto
 from swax_megatron.schema import Config
 
 _SHOWN = 5
@@ -21,7 +21,7 @@ def refuse_other_tokenizer(folder: Path, config: Config) -> None:
         raise ValueError(f"{ours}, the tokenizer of the training data, is no file: name it with data.tokenizer")
     if (folder / "tokenizer.model").is_file() and fingerprint(folder / "tokenizer.model") == fingerprint(ours):
         return
-    proto = parse_model(ours)
+    proto = read_proto(ours)
     wanted = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     if (folder / "tokenizer.json").is_file():
         try:
@@ -31,7 +31,7 @@ def refuse_other_tokenizer(folder: Path, config: Config) -> None:
         found = theirs.get_vocab()
     elif (folder / "tokenizer.model").is_file():
         theirs = None
-        found = {piece.piece: index for index, piece in enumerate(parse_model(folder / "tokenizer.model").pieces)}
+        found = {piece.piece: index for index, piece in enumerate(read_proto(folder / "tokenizer.model").pieces)}
     else:
         raise ValueError(f"{folder} holds no tokenizer.json or tokenizer.model to compare with {ours}: add it, or --no-tokenizer-check")
     different = [

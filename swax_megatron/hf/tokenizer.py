@@ -43,17 +43,8 @@ HARD_STRINGS = (
 )
 
 
-def read_model(path: str | Path) -> sentencepiece_model_pb2.ModelProto:
-    """Parse a .model file. ValueError where it is none or has a setting that has no exact counterpart."""
-    proto = parse_model(path)
-    problem = _inexact(proto)
-    if problem:
-        raise ValueError(f"tokenizer {path} cannot be converted exactly: {problem}")
-    return proto
-
-
-def parse_model(path: str | Path) -> sentencepiece_model_pb2.ModelProto:
-    """Parse a .model file of any kind. ValueError where it is none."""
+def read_proto(path: str | Path) -> sentencepiece_model_pb2.ModelProto:
+    """Parse a .model file. ValueError where it is none."""
     proto = sentencepiece_model_pb2.ModelProto()
     try:
         proto.ParseFromString(Path(path).read_bytes())
@@ -66,7 +57,17 @@ def parse_model(path: str | Path) -> sentencepiece_model_pb2.ModelProto:
     return proto
 
 
-def _inexact(proto: sentencepiece_model_pb2.ModelProto) -> str | None:
+def read_model(path: str | Path) -> sentencepiece_model_pb2.ModelProto:
+    """Parse a .model file. ValueError where it is none or has a setting that has no exact counterpart."""
+    proto = read_proto(path)
+    problem = inexact(proto)
+    if problem:
+        raise ValueError(f"tokenizer {path} cannot be converted exactly: {problem}")
+    return proto
+
+
+def inexact(proto: sentencepiece_model_pb2.ModelProto) -> str | None:
+    """What keeps another implementation of BPE from giving this model's ids, as a clause, or None."""
     trainer, normalizer, kind = proto.trainer_spec, proto.normalizer_spec, sentencepiece_model_pb2.ModelProto.SentencePiece
     if trainer.model_type != sentencepiece_model_pb2.TrainerSpec.BPE:
         name = sentencepiece_model_pb2.TrainerSpec.ModelType.Name(trainer.model_type).lower()

@@ -33,11 +33,14 @@ def param_count(model: ModelConfig, *, padded: bool = False) -> int:
     return tables + layers + model.hidden_size
 
 
-def forward_flops(model: ModelConfig, sequence_length: int, windows: Sequence[int]) -> float:
-    """Forward operations a token; ``windows`` holds the window of every layer (WindowSchedule.layers)."""
+def forward_flops(model: ModelConfig, sequence_length: int, windows: Sequence[int], kinds: str | None = None) -> float:
+    """Forward operations a token; ``windows`` holds the window of every layer (WindowSchedule.layers).
+
+    kinds: the layers, one letter each; None: all of model.pattern
+    """
     feedforward = 2.0 * 3 * model.hidden_size * model.ffn_hidden_size
     total = 2.0 * model.hidden_size * model.vocab_size
-    for kind, window in zip(parse_pattern(model.pattern), windows, strict=True):
+    for kind, window in zip(parse_pattern(model.pattern) if kinds is None else kinds, windows, strict=True):
         cost = COSTS[kind]
         total += feedforward + cost.projection_flops(model) + cost.core_flops(model, sequence_length, window)
     return total

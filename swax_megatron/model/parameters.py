@@ -32,9 +32,14 @@ def declare(
     return parameter
 
 
+def local_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of this rank's shard; ZeRO stage 3 takes the values away between uses and keeps the shape aside."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def global_shape(parameter: Tensor, tensor_size: int) -> tuple[int, ...]:
     """The parameter's shape before tensor parallelism."""
-    shape = list(parameter.shape)
+    shape = list(local_shape(parameter))
     if parameter.shard_dim is not None:
         shape[parameter.shard_dim] *= tensor_size
     return tuple(shape)
@@ -42,7 +47,7 @@ def global_shape(parameter: Tensor, tensor_size: int) -> tuple[int, ...]:
 
 def global_offsets(parameter: Tensor, tensor_rank: int) -> tuple[int, ...]:
     """Where this rank's shard begins in the global parameter."""
-    return tuple(tensor_rank * n if dim == parameter.shard_dim else 0 for dim, n in enumerate(parameter.shape))
+    return tuple(tensor_rank * n if dim == parameter.shard_dim else 0 for dim, n in enumerate(local_shape(parameter)))
 
 
 def named_global_parameters(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -5,16 +5,15 @@ Legend: s sequence, b batch, v vocabulary entries of this tensor-parallel rank.
 
 from __future__ import annotations
 
-import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.tensor_parallel import ColumnParallelLinear, reduce_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from swax_megatron.model import parameters
 from swax_megatron.model.cost import padded_vocab_size
+from swax_megatron.model.head import Head
 from swax_megatron.model.initial import matrix
 from swax_megatron.model.layers.specs import stage_spec
 from swax_megatron.model.transformer_config import SwaxTransformerConfig, transformer_config
@@ -47,16 +46,7 @@ class SwaxModel(LanguageModule):
             vp_stage=vp_stage,
         )
         if post_process:
-            self.output_layer = ColumnParallelLinear(
-                config.hidden_size,
-                self.padded_vocab_size,
-                config=config,
-                init_method=config.init_method,
-                bias=False,
-                gather_output=False,
-                skip_weight_param_allocation=pre_process and config.model.tie_embeddings,
-                tp_group=config.groups.tp,
-            )
+            self.output_layer = Head(config, weightless=pre_process and config.model.tie_embeddings)
             if self.output_layer.weight is not None:
                 parameters.declare(self.output_layer.weight, table, shard_dim=0)
         if pre_process or post_process:
@@ -75,36 +65,7 @@ class SwaxModel(LanguageModule):
         if not self.post_process:
             return hidden_sbh
         shared = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits_sbv = self._cap_and_mask(self.output_layer(hidden_sbh, weight=shared)[0])
-        return logits_sbv if targets_bt is None else self._token_losses(logits_sbv, targets_bt.transpose(0, 1).contiguous())
-
-    def _vocabulary_start(self) -> int:
-        return self.tp_group.rank() * (self.padded_vocab_size // self.tp_group.size())
-
-    def _cap_and_mask(self, logits_sbv: Tensor) -> Tensor:
-        """The soft cap first, then -inf on the padding of the vocabulary: padding can then never take probability."""
-        logits_sbv = logits_sbv.float()
-        cap = self.config.model.logit_cap
-        if cap:
-            logits_sbv = cap * torch.tanh(logits_sbv / cap)
-        real = self.config.model.vocab_size - self._vocabulary_start()
-        if real < logits_sbv.shape[-1]:
-            padding = torch.arange(logits_sbv.shape[-1], device=logits_sbv.device) >= real
-            logits_sbv = logits_sbv.masked_fill(padding, float("-inf"))
-        return logits_sbv
-
-    def _token_losses(self, logits_sbv: Tensor, targets_sb: Tensor) -> Tensor:
-        if not self.config.z_loss:
-            losses_lsb = vocab_parallel_cross_entropy(logits_sbv, targets_sb).unsqueeze(0)
-        else:
-            local_sb = targets_sb - self._vocabulary_start()
-            elsewhere = (local_sb < 0) | (local_sb >= logits_sbv.shape[-1])
-            chosen_sb = logits_sbv.gather(-1, local_sb.masked_fill(elsewhere, 0).unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
-            chosen_sb = reduce_from_tensor_model_parallel_region(chosen_sb, group=self.tp_group)
-            entropy_sb = vocab_parallel_cross_entropy(logits_sbv.clone(), targets_sb)  # it overwrites what it is given
-            log_partition_sb = entropy_sb + chosen_sb
-            losses_lsb = torch.stack([entropy_sb, self.config.z_loss * log_partition_sb.square()])
-        return losses_lsb.transpose(1, 2).contiguous()
+        return self.output_layer(hidden_sbh, shared, targets_bt)
 
 
 def build_model(config: Config, groups: Groups) -> list[SwaxModel]:

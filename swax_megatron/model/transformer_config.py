@@ -9,6 +9,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from swax_megatron.model.pattern import parse_pattern
+from swax_megatron.model.stages import stage_layers
 from swax_megatron.parallel.groups import Groups
 from swax_megatron.schema import Config, KernelConfig, ModelConfig
 
@@ -21,14 +22,14 @@ class SwaxTransformerConfig(TransformerConfig):
     kernels: KernelConfig | None = None
     groups: ProcessGroupCollection | None = None
     z_loss: float = 0.0
+    loss_chunk: int = 0  # tokens whose logits exist at a time; 0: all
 
 
 def stage_layout(config: Config) -> list[list[str]] | None:
-    """Megatron's explicit pipeline layout where stages are uneven; None: equal stages."""
-    counts = config.parallel.pipeline_layers
-    if counts is None:
+    """Megatron's explicit pipeline layout: what every stage (and chunk, in the model's order) holds; None without stages."""
+    if config.parallel.pipeline == 1:
         return None
-    stages = [["decoder"] * count for count in counts]
+    stages = [["decoder"] * count for count in stage_layers(config, parse_pattern(config.model.pattern))]
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")
     return stages
@@ -48,6 +49,7 @@ def transformer_config(config: Config, groups: Groups) -> SwaxTransformerConfig:
         kernels=config.kernels,
         groups=groups.collection,
         z_loss=config.optimizer.z_loss,
+        loss_chunk=config.train.loss_chunk,
         num_layers=len(parse_pattern(model.pattern)),
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -66,7 +68,7 @@ def transformer_config(config: Config, groups: Groups) -> SwaxTransformerConfig:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         pipeline_model_parallel_layout=stage_layout(config),
-        context_parallel_size=parallel.context,
+        context_parallel_size=1,  # Megatron's own stays off: the mixers exchange halos and memories themselves
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,

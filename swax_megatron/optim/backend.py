@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from swax_megatron.checkpoint.boxes import flat_range_boxes
 from swax_megatron.checkpoint.store import Fragment
-from swax_megatron.model.parameters import global_offsets, global_shape, named_global_parameters
+from swax_megatron.model.parameters import global_offsets, global_shape, local_shape, named_global_parameters
 from swax_megatron.parallel.groups import Groups
 from swax_megatron.schema import Config
 
@@ -23,8 +23,8 @@ class OptimizerBackend(Protocol):
 
     chunks: list[nn.Module]
 
-    def zero_grad(self) -> None:
-        """Forget the gradients of the last step."""
+    def zero_grad(self, microbatches: int) -> None:
+        """Forget the gradients of the last step; the coming one will add up ``microbatches``."""
 
     def reduce(self) -> float:
         """Reduce gradients over all ranks; the global gradient norm before clipping, infinite or NaN where one is not finite."""
@@ -72,7 +72,7 @@ def fragments(chunks: Iterable[nn.Module], pieces: Iterable[Piece], groups: Grou
         shape = global_shape(piece.parameter, groups.tensor_size)
         origin = global_offsets(piece.parameter, groups.tensor_rank)
         size = piece.tensors["param"].numel()
-        for box in flat_range_boxes(tuple(piece.parameter.shape), piece.start, piece.start + size):
+        for box in flat_range_boxes(local_shape(piece.parameter), piece.start, piece.start + size):
             offsets = tuple(a + b for a, b in zip(origin, box.offsets, strict=True))
             begin = box.flat_start - piece.start
             for state, flat in piece.tensors.items():

@@ -13,9 +13,9 @@ def build_optimizer(config: Config, chunks: list[nn.Module], groups: Groups) -> 
     """The backend named by optimizer.backend around the given model chunks."""
     mark_decay(chunks, config)
     if config.optimizer.backend == "zero":
-        from swax_megatron.optim.zero import ZeroBackend  # importing DeepSpeed takes seconds
+        from swax_megatron.optim.zero import zero_backend  # importing DeepSpeed takes seconds
 
-        return ZeroBackend(config, chunks, groups)
+        return zero_backend(config, chunks, groups)
     from swax_megatron.optim.megatron import MegatronBackend
 
     return MegatronBackend(config, chunks, groups)

@@ -21,14 +21,22 @@ class MegatronBackend:
     def __init__(self, config: Config, chunks: list[nn.Module], groups: Groups) -> None:
         self._inner, self._groups = chunks, groups
         self._weight_decay = config.optimizer.weight_decay
+        overlap = config.optimizer.overlap_gradients
         ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=True, average_in_collective=False
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=config.optimizer.overlap_parameters,
+            use_distributed_optimizer=True,
+            average_in_collective=False,
         )
         self.chunks = [
             DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(chunks)
         ]
         for chunk in chunks:
             chunk.config.finalize_model_grads_func = finalize_model_grads
+            # the schedule leaves this context for the last microbatch, whose backward then reduces bucket by bucket
+            no_sync = [wrapped.no_sync for wrapped in self.chunks]
+            chunk.config.no_sync_func = (no_sync if len(no_sync) > 1 else no_sync[0]) if overlap else None
         settings = OptimizerConfig(
             optimizer="adam",
             lr=config.optimizer.learning_rate,
@@ -41,6 +49,7 @@ class MegatronBackend:
             bf16=config.train.precision == "bf16",
             params_dtype=chunks[0].config.params_dtype,
             use_distributed_optimizer=True,
+            overlap_param_gather=config.optimizer.overlap_parameters,
         )
         undecayed = ParamKey(predicate=ParamPredicate(name="undecayed", fn=lambda parameter: not parameter.decay))
         with cuda_type_names():
@@ -48,7 +57,10 @@ class MegatronBackend:
                 settings, self.chunks, config_overrides={undecayed: {"wd_mult": 0.0}}, use_gloo_process_groups=False
             )
 
-    def zero_grad(self) -> None:
+    def zero_grad(self, microbatches: int) -> None:
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
@@ -67,7 +79,7 @@ class MegatronBackend:
             self._optimizer.step()
 
     def discard(self) -> None:
-        self.zero_grad()
+        self._forget_gradients()
 
     def fragments(self, *, saving: bool) -> list[Fragment]:
         pieces = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from swax_megatron.batching import batch_rows, rows_before
 from swax_megatron.schema import Config
 
 
@@ -13,13 +14,13 @@ def learning_rate(config: Config, step: int, tokens_seen: int) -> float:
     Linear warm-up from the first update on; then cosine to the minimum, or constant with a linear decay over the
     last ``decay_fraction`` (WSD, Hu et al. 2024). Measured in steps, or in tokens where rows may be padded.
     """
-    optimizer = config.optimizer
-    tokens_a_step = config.train.global_batch_size * config.data.sequence_length
+    optimizer, steps = config.optimizer, config.train.steps
     if optimizer.schedule_unit == "tokens":
-        done, total = tokens_seen / tokens_a_step, float(config.train.steps)
+        tokens_a_step = batch_rows(config, step) * config.data.sequence_length
+        done, total = tokens_seen / tokens_a_step, rows_before(config, steps) / batch_rows(config, step)
         warmup = optimizer.warmup / tokens_a_step
     else:
-        done, total, warmup = float(step), float(config.train.steps), float(optimizer.warmup)
+        done, total, warmup = float(step), float(steps), float(optimizer.warmup)
     peak, low = optimizer.learning_rate, optimizer.min_learning_rate
     if done + 1 < warmup:
         return peak * (done + 1) / warmup

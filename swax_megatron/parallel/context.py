@@ -6,11 +6,43 @@ subclass of it carries the window and the document boundaries as arguments: no g
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+
+from swax_megatron.data.packing import Batch
+from swax_megatron.parallel.context_exchange.ranks import ContextRanks
+
+
+@dataclass(frozen=True)
+class Piece:
+    """This rank's part of every row of a microbatch under context parallelism.
+
+    ranks: who holds the other parts
+    row_cu_seqlens: (N+1,) int32, document boundaries over the flattened whole rows (B * P * L)
+    length: L, tokens of a row here
+    """
+
+    ranks: ContextRanks
+    row_cu_seqlens: Tensor
+    length: int
+    _made: dict[int, Tensor] = field(default_factory=dict)
+
+    def boundaries(self, past: int = 0) -> Tensor:
+        """(N+1,) int32: the boundaries over the flattened (B, past + L), for this piece and the ``past`` tokens before it.
+
+        Boundaries outside are moved to the edges, where they bound empty documents: no value is looked at, so the GPU is not
+        waited for.
+        """
+        if past not in self._made:
+            row = self.length * self.ranks.size
+            here = past + self.length
+            number = torch.div(self.row_cu_seqlens, row, rounding_mode="floor")
+            offset = self.row_cu_seqlens - number * row - (self.ranks.rank * self.length - past)
+            self._made[past] = (number * here + offset.clamp(0, here)).to(torch.int32)
+        return self._made[past]
 
 
 @dataclass
@@ -20,11 +52,23 @@ class SequenceContext(PackedSeqParams):
     windows: the attention window of every layer of the model (index = global layer, 0-based)
     cu_seqlens: (N+1,) int32, document boundaries over the flattened (B*T), row ends included
     positions_bt: (B, T) int64, position of every token inside its document
+    piece: under context parallelism, which part of the rows the (B, T) tokens are; None: the whole rows
     """
 
     windows: tuple[int, ...] = ()
     cu_seqlens: Tensor | None = None
     positions_bt: Tensor | None = None
+    piece: Piece | None = None
+
+    @property
+    def continues_b(self) -> Tensor:
+        """(B,) bool: whether the first token continues a document that began in an earlier piece of its row."""
+        return self.positions_bt[:, 0] > 0
+
+    @property
+    def last_start_b(self) -> Tensor:
+        """(B,) int64: the index here of the first token of the last token's document; negative: in an earlier piece."""
+        return self.positions_bt.shape[1] - 1 - self.positions_bt[:, -1]
 
     def rotary(self, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
         """cos and sin of the rotary angles, (B, T, 1, head_dim / 2) fp32; angles are computed in fp32.
@@ -35,3 +79,23 @@ class SequenceContext(PackedSeqParams):
         exponent = torch.arange(0, head_dim, 2, device=positions_bt.device, dtype=torch.float32) / head_dim
         angle_bt1d = positions_bt[:, :, None, None].float() * base**-exponent
         return angle_bt1d.cos(), angle_bt1d.sin()
+
+
+def cut_rows(batch: Batch, ranks: ContextRanks | None) -> Batch:
+    """This rank's piece of every row. The document boundaries stay those of the whole rows (see ``sequence_context``).
+
+    Targets were shifted before the cut: the last token of a piece has the first of the next one as its target.
+    """
+    if ranks is None:
+        return batch
+    length = batch.inputs_bt.shape[1] // ranks.size
+    names = ("inputs_bt", "targets_bt", "loss_mask_bt", "positions_bt")
+    return replace(batch, **{name: getattr(batch, name).narrow(1, ranks.rank * length, length).contiguous() for name in names})
+
+
+def sequence_context(batch: Batch, windows: tuple[int, ...], ranks: ContextRanks | None) -> SequenceContext:
+    """What the layers need to know of a microbatch of ``cut_rows``."""
+    if ranks is None:
+        return SequenceContext(windows=windows, cu_seqlens=batch.cu_seqlens, positions_bt=batch.positions_bt)
+    piece = Piece(ranks, batch.cu_seqlens, batch.inputs_bt.shape[1])
+    return SequenceContext(windows=windows, cu_seqlens=piece.boundaries(), positions_bt=batch.positions_bt, piece=piece)

@@ -14,9 +14,10 @@ from swax_megatron.resilience import STOP_FILE
 from swax_megatron.schema import Config
 from swax_megatron.validate.data import check_data, validate_inputs
 from swax_megatron.validate.model import check_model, check_window
-from swax_megatron.validate.parallel import check_pipeline, check_tensor_parallel, check_world, model_parallel_size
+from swax_megatron.validate.parallel import check_pipeline, check_row_pieces, check_tensor_parallel, check_world, model_parallel_size
 from swax_megatron.validate.ranges import check_ranges
-from swax_megatron.validate.training import check_checkpoint, check_kernels, check_optimizer, check_resilience
+from swax_megatron.validate.sharding import check_sharding
+from swax_megatron.validate.training import check_batch_ramp, check_checkpoint, check_kernels, check_optimizer, check_resilience
 
 __all__ = ["model_parallel_size", "validate", "validate_inputs", "validate_run_dir"]
 
@@ -33,9 +34,12 @@ def validate(config: Config, world_size: int | None = None, cuda: bool | None = 
     check_model(config, kinds)
     check_window(config)
     check_data(config)
+    check_batch_ramp(config)
     check_tensor_parallel(config, kinds)
+    check_row_pieces(config)
     check_pipeline(config, len(kinds))
     check_world(config, world_size)
+    check_sharding(config, cuda)
     check_optimizer(config)
     check_checkpoint(config)
     check_kernels(config, cuda)

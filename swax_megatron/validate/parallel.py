@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from swax_megatron.batching import batch_sizes
 from swax_megatron.model.cost import VOCABULARY_MULTIPLE, padded_vocab_size
 from swax_megatron.schema import Config
 
@@ -31,14 +32,25 @@ def check_tensor_parallel(config: Config, kinds: str) -> None:
             f"parallel.tensor={tensor}: must divide the vocabulary padded to a multiple of {VOCABULARY_MULTIPLE}, "
             f"{padded} for model.vocab_size={model.vocab_size}; use a power of two"
         )
-    if config.parallel.sequence:
-        _divides(tensor, "data.sequence_length", config.data.sequence_length, "; or parallel.sequence=false")
 
 
-def _divides(tensor: int, path: str, value: int, otherwise: str = "") -> None:
+def _divides(tensor: int, path: str, value: int) -> None:
     if value % tensor:
         multiple = -(-value // tensor) * tensor
-        raise ValueError(f"{path}={value}: must be divisible by parallel.tensor={tensor}, e.g. {path}={multiple}{otherwise}")
+        raise ValueError(f"{path}={value}: must be divisible by parallel.tensor={tensor}, e.g. {path}={multiple}")
+
+
+def check_row_pieces(config: Config) -> None:
+    """Rows are cut into equal pieces over context-parallel ranks, and those over tensor-parallel ranks between the mixers."""
+    parallel, length = config.parallel, config.data.sequence_length
+    pieces, otherwise = parallel.context, ""
+    named = f"parallel.context={parallel.context}" if parallel.context > 1 else ""
+    if parallel.sequence:
+        pieces, otherwise = parallel.context * parallel.tensor, "; or parallel.sequence=false"
+        named = " x ".join(part for part in (named, f"parallel.tensor={parallel.tensor}") if part)
+    if length % pieces:
+        multiple = -(-length // pieces) * pieces
+        raise ValueError(f"data.sequence_length={length}: must be divisible by {named}, e.g. data.sequence_length={multiple}{otherwise}")
 
 
 def check_pipeline(config: Config, layers: int) -> None:
@@ -48,20 +60,22 @@ def check_pipeline(config: Config, layers: int) -> None:
         raise ValueError(
             f"parallel.virtual_pipeline={chunks}: chunks interleave over several stages; leave it out with parallel.pipeline=1"
         )
+    parts = stages * chunks
     if parallel.pipeline_layers is None:
-        if layers % (stages * chunks):
+        if layers < parts:
             raise ValueError(
-                f"parallel.pipeline={stages}: {layers} layers (model.pattern={config.model.pattern}) cannot be divided over {stages} "
-                f"stages x {chunks} chunks; change one of them or give every stage's layers in parallel.pipeline_layers"
+                f"parallel.pipeline={stages}: {layers} layers (model.pattern={config.model.pattern}) are fewer than {stages} stages x "
+                f"{chunks} chunks, and each needs one; use fewer stages or chunks"
             )
         return
     counts = parallel.pipeline_layers
-    if chunks > 1:
-        raise ValueError(f"parallel.pipeline_layers={counts}: cannot be combined with parallel.virtual_pipeline={chunks}; drop one of them")
-    if len(counts) != stages:
-        raise ValueError(f"parallel.pipeline_layers={counts}: needs {stages} numbers, one for each of parallel.pipeline={stages} stages")
+    if len(counts) != parts:
+        raise ValueError(
+            f"parallel.pipeline_layers={counts}: needs {parts} numbers, one for each of parallel.pipeline={stages} stages"
+            + (f" x parallel.virtual_pipeline={chunks} chunks" if chunks > 1 else "")
+        )
     if min(counts) < 1:
-        raise ValueError(f"parallel.pipeline_layers={counts}: every stage needs at least one layer")
+        raise ValueError(f"parallel.pipeline_layers={counts}: every stage and chunk needs at least one layer")
     if sum(counts) != layers:
         raise ValueError(
             f"parallel.pipeline_layers={counts}: sums to {sum(counts)}; model.pattern={config.model.pattern} has {layers} layers"
@@ -70,15 +84,9 @@ def check_pipeline(config: Config, layers: int) -> None:
 
 def check_world(config: Config, world_size: int | None) -> None:
     parallel, train = config.parallel, config.train
-    if parallel.context > 1:
-        raise ValueError(
-            f"parallel.context={parallel.context}: context parallelism needs an exchange of window halos and mLSTM states between ranks, "
-            "which is not built yet, and Megatron's own would be silently wrong here; use parallel.context=1"
-        )
-    if train.global_batch_size % train.micro_batch_size:
-        raise ValueError(
-            f"train.global_batch_size={train.global_batch_size}: must be a multiple of train.micro_batch_size={train.micro_batch_size}"
-        )
+    for field, size in batch_sizes(config):
+        if size % train.micro_batch_size:
+            raise ValueError(f"{field}={size}: must be a multiple of train.micro_batch_size={train.micro_batch_size}")
     if world_size is None:
         return
     size = model_parallel_size(config)
@@ -89,15 +97,16 @@ def check_world(config: Config, world_size: int | None) -> None:
         )
     replicas = world_size // size
     rows = train.micro_batch_size * replicas
-    if train.global_batch_size % rows:
-        raise ValueError(
-            f"train.global_batch_size={train.global_batch_size}: must be divisible by train.micro_batch_size={train.micro_batch_size} x "
-            f"{replicas} data-parallel replicas, e.g. train.global_batch_size={-(-train.global_batch_size // rows) * rows}"
-        )
-    microbatches = train.global_batch_size // rows
-    if (parallel.virtual_pipeline or 1) > 1 and microbatches % parallel.pipeline:
-        raise ValueError(
-            f"parallel.virtual_pipeline={parallel.virtual_pipeline}: the interleaved schedule needs microbatches in multiples of "
-            f"parallel.pipeline={parallel.pipeline}, there are {microbatches}; "
-            f"e.g. train.global_batch_size={-(-microbatches // parallel.pipeline) * parallel.pipeline * rows}"
-        )
+    for field, batch in batch_sizes(config):
+        if batch % rows:
+            raise ValueError(
+                f"{field}={batch}: must be divisible by train.micro_batch_size={train.micro_batch_size} x "
+                f"{replicas} data-parallel replicas, e.g. {field}={-(-batch // rows) * rows}"
+            )
+        microbatches = batch // rows
+        if (parallel.virtual_pipeline or 1) > 1 and microbatches % parallel.pipeline:
+            raise ValueError(
+                f"parallel.virtual_pipeline={parallel.virtual_pipeline}: the interleaved schedule needs microbatches in multiples of "
+                f"parallel.pipeline={parallel.pipeline}, there are {microbatches}; "
+                f"e.g. {field}={-(-microbatches // parallel.pipeline) * parallel.pipeline * rows}"
+            )

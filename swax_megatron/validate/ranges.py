@@ -11,19 +11,19 @@ AT_LEAST_ONE = (
     "model.hidden_size model.ffn_hidden_size model.vocab_size model.attention_heads model.attention_kv_heads "
     "model.attention_head_dim model.mlstm_heads model.mlstm_qk_dim model.mlstm_v_dim data.sequence_length parallel.tensor "
     "parallel.pipeline parallel.virtual_pipeline parallel.context train.micro_batch_size train.global_batch_size "
-    "validation.sequences kernels.mlstm_chunk monitor.log_interval "
+    "data.shuffle_tokens validation.sequences kernels.mlstm_chunk monitor.log_interval "
     "resilience.spike_history resilience.spike_minimum resilience.straggler_factor resilience.fault_steps"
 ).split()
 NOT_NEGATIVE = (
     "window.check_interval optimizer.min_learning_rate optimizer.warmup optimizer.weight_decay optimizer.clip_grad "
-    "optimizer.z_loss train.steps train.threads validation.interval "
-    "checkpoint.interval checkpoint.keep_last resilience.spike_threshold resilience.spike_patience resilience.max_skips "
-    "resilience.max_rewinds resilience.hang_factor resilience.straggler_interval resilience.fault_rank resilience.fault_step "
-    "resilience.fault_seconds"
+    "optimizer.z_loss data.workers data.prefetch data.retries train.loss_chunk train.steps train.threads validation.interval "
+    "checkpoint.interval checkpoint.keep_last checkpoint.keep_every resilience.spike_threshold resilience.spike_patience "
+    "resilience.max_skips resilience.max_rewinds resilience.hang_factor resilience.straggler_interval resilience.fault_rank "
+    "resilience.fault_step resilience.fault_seconds"
 ).split()
 POSITIVE = (
     "model.rope_base model.gate_cap model.norm_eps model.logit_cap model.init_std optimizer.learning_rate optimizer.eps "
-    "train.distributed_timeout monitor.peak_tflops resilience.hang_minimum resilience.hang_unknown"
+    "train.distributed_timeout data.cache_gib monitor.peak_tflops resilience.hang_minimum resilience.hang_unknown"
 ).split()
 SEEDS = "train.model_seed train.data_seed train.window_seed validation.seed".split()
 FRACTION = "window.anneal_fraction optimizer.decay_fraction".split()

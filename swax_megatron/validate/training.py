@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
+from swax_megatron.batching import rows_before
 from swax_megatron.config import field_paths
 from swax_megatron.schema import Config
 
 
 def check_optimizer(config: Config) -> None:
     optimizer, train = config.optimizer, config.train
-    if optimizer.backend == "zero" and optimizer.zero_stage != 1:
-        reason = {
-            0: "without sharding the optimizer backend megatron does the same work",
-            2: "stage 2 shards gradients, which the pipeline schedules accumulate whole in any case, so it would save nothing over stage 1",
-            3: "stage 3 gathers weights inside the forward pass and could run with parallel.pipeline=1 only; it is not built yet",
-        }.get(optimizer.zero_stage, "ZeRO has the stages 0 to 3, and stage 1 is the one that runs at every parallel.pipeline")
-        raise ValueError(f"optimizer.zero_stage={optimizer.zero_stage}: {reason}; use optimizer.zero_stage=1 or optimizer.backend=megatron")
     if optimizer.min_learning_rate > optimizer.learning_rate:
         raise ValueError(
             f"optimizer.min_learning_rate={optimizer.min_learning_rate}: must not exceed optimizer.learning_rate={optimizer.learning_rate}"
         )
-    unit = train.global_batch_size * config.data.sequence_length if optimizer.schedule_unit == "tokens" else 1
-    total = train.steps * unit
+    total = rows_before(config, train.steps) * config.data.sequence_length if optimizer.schedule_unit == "tokens" else train.steps
     if total and optimizer.warmup > total:
         raise ValueError(
             f"optimizer.warmup={optimizer.warmup}: the run has {total} {optimizer.schedule_unit} and would end in its warm-up; "
@@ -28,8 +21,27 @@ def check_optimizer(config: Config) -> None:
         )
 
 
+def check_batch_ramp(config: Config) -> None:
+    before = 0
+    for index, phase in enumerate(config.train.batch_ramp):
+        where = f"train.batch_ramp.{index}"
+        if phase.until_step <= before:
+            raise ValueError(f"{where}.until_step={phase.until_step}: must be more than {before}, where the phase before it ends")
+        if phase.rows < 1:
+            raise ValueError(f"{where}.rows={phase.rows}: must be at least 1")
+        before = phase.until_step
+
+
 def check_checkpoint(config: Config) -> None:
-    known = set(field_paths())
+    checkpoint = config.checkpoint
+    if checkpoint.keep_every and (not checkpoint.interval or checkpoint.keep_every % checkpoint.interval):
+        raise ValueError(
+            f"checkpoint.keep_every={checkpoint.keep_every}: must be a multiple of checkpoint.interval={checkpoint.interval}, "
+            "or no checkpoint falls on its steps"
+        )
+    if checkpoint.remote is not None and "://" not in checkpoint.remote:
+        raise ValueError(f"checkpoint.remote={checkpoint.remote!r}: give a URL, e.g. s3://bucket/run or file:///mnt/archive/run")
+    known = set(field_paths()) if config.checkpoint.allow_change else set()
     for name in config.checkpoint.allow_change:
         if name.startswith("model."):
             raise ValueError(f"checkpoint.allow_change: {name} is part of a checkpoint's identity and can never change; use a new run_dir")

@@ -30,9 +30,21 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2 SP, Megatron's optimizer": {"parallel": {"tensor": 2}, **MEGATRON},
     "PP2": {"parallel": {"pipeline": 2}},
     "PP2, Megatron's optimizer": {"parallel": {"pipeline": 2}, **MEGATRON},
+    "CP2": {"parallel": {"context": 2}},
+    "CP2, Megatron's optimizer, recompute full": {"parallel": {"context": 2}, "train": {"recompute": "full"}, **MEGATRON},
     "DP2 ZeRO-1": {},
     "DP2, Megatron's optimizer": MEGATRON,
     "DP2 ZeRO-1, recompute full": {"train": {"recompute": "full"}},
+    "DP2 ZeRO-0": {"optimizer": {"zero_stage": 0}},
+    "DP2 ZeRO-1, reduced under way": {"optimizer": {"overlap_gradients": True}},
+    "DP2 ZeRO-2, reduced under way": {"optimizer": {"zero_stage": 2, "overlap_gradients": True}},
+    "DP2 ZeRO-3, reduced under way": {"optimizer": {"zero_stage": 3, "overlap_gradients": True}},
+    "DP2 ZeRO-1, offloaded": {"optimizer": {"offload": True}},
+    "DP2 ZeRO-2, offloaded": {"optimizer": {"zero_stage": 2, "offload": True}},
+    "DP2 ZeRO-3, offloaded": {"optimizer": {"zero_stage": 3, "offload": True}},
+    "DP2, Megatron's optimizer, overlapped": {
+        "optimizer": {"backend": "megatron", "overlap_gradients": True, "overlap_parameters": True}
+    },
 }
 
 
@@ -91,9 +103,13 @@ def test_training_with_the_kernels_follows_the_reference(workers: Any, corpus: P
         pytest.skip("the Triton kernels are enabled on Hopper")
     model = {"pattern": "(MS)x2", "hidden_size": 256, "ffn_hidden_size": 512, "mlstm_heads": 2, "norm_eps": 1e-6, "init_std": 0.02}
     found = {}
-    for backend in ("auto", "reference"):
-        raw = settings(corpus, tmp_path / backend, "bf16", model=model, kernels={"backend": backend}, train={"global_batch_size": 16})
-        found[backend] = workers(1).run(runs.train, raw)[0]
+    for backend, size in (("auto", 1), ("reference", 1), ("auto", 2)):  # two processes share rows
+        sections = {"kernels": {"backend": backend}, "parallel": {"context": size}, "train": {"global_batch_size": 16}}
+        raw = settings(corpus, tmp_path / f"{backend}{size}", "bf16", model=model, **sections)
+        found[backend if size == 1 else "pieces"] = workers(size).run(runs.train, raw)[0]
+    worst = max(abs(a - b) for a, b in zip(found["auto"]["loss/train"], found["pieces"]["loss/train"], strict=True))
+    print(f"Triton, rows in two pieces against whole rows over {STEPS} steps: largest loss difference {worst:.1e}")
+    assert worst <= BOUND["bf16"]
     assert found["auto"]["loss/train"] != found["reference"]["loss/train"], "the same implementation ran twice"
     worst = max(abs(a - b) for a, b in zip(found["auto"]["loss/train"], found["reference"]["loss/train"], strict=True))
     print(f"Triton against the reference over {STEPS} steps: largest loss difference {worst:.1e}")

@@ -37,11 +37,11 @@ def started(workers: Callable[[int], Workers], corpus: Path, tmp_path_factory: p
     folder = tmp_path_factory.mktemp("parity")
     origins: dict[str, Path] = {}
 
-    def origin(model: dict[str, Any]) -> Path:
-        key = repr(sorted(model.items()))
+    def origin(**identity: dict[str, Any]) -> Path:
+        key = repr(sorted((name, sorted(fields.items())) for name, fields in identity.items()))
         if key not in origins:
             run_dir = folder / f"origin-{len(origins)}"
-            raw = runs.small_config(corpus, run_dir, train={"steps": END}, checkpoint={"interval": START, "keep_last": 0}, model=model)
+            raw = runs.small_config(corpus, run_dir, train={"steps": END}, checkpoint={"interval": START, "keep_last": 0}, **identity)
             workers(1).run(runs.train, raw)
             first = open_checkpoint(run_dir / "checkpoints" / f"step_{START}")
             random = torch.Generator().manual_seed(7)
@@ -56,7 +56,7 @@ def started(workers: Callable[[int], Workers], corpus: Path, tmp_path_factory: p
     def prepare(name: str, **sections: dict[str, Any]) -> dict[str, Any]:
         run_dir = folder / name
         shutil.rmtree(run_dir, ignore_errors=True)
-        shutil.copytree(origin(sections.get("model", {})), run_dir / "checkpoints")
+        shutil.copytree(origin(**{part: sections.get(part, {}) for part in ("model", "window")}), run_dir / "checkpoints")
         sections["train"] = {"steps": END, **sections.get("train", {})}
         checkpoint = {"interval": END, "allow_change": ["optimizer.learning_rate", "train.precision"]}
         return runs.small_config(corpus, run_dir, checkpoint=checkpoint, validation={"interval": END}, **sections)

@@ -30,32 +30,34 @@ def resumed_logits(raw: dict[str, Any], tokens: list[list[int]]) -> list[list[li
     """
     from swax_megatron.build import build_trainer
     from swax_megatron.data.packing import pack
-    from swax_megatron.parallel.context import SequenceContext
+    from swax_megatron.parallel.context import cut_rows, sequence_context
     from swax_megatron.parallel.schedule import pipeline_schedule
 
     with runs.layout(raw) as (config, groups):
         trainer, checkpoints = build_trainer(config, groups)
         assert checkpoints.resume(trainer)
         rows = torch.tensor(tokens)
-        batch = pack(torch.cat([rows, rows[:, :1]], dim=1), None, -1)
+        batch = cut_rows(pack(torch.cat([rows, rows[:, :1]], dim=1), None, -1), groups.context)
         windows = trainer.windows.expand(config.window.test_window)
 
         def forward_step(iterator, chunk):
             part = next(iterator)
-            context = SequenceContext(windows=windows, cu_seqlens=part.cu_seqlens, positions_bt=part.positions_bt)
+            context = sequence_context(part, windows, groups.context)
             logits_sbv = chunk(part.inputs_bt, context)
             return logits_sbv, lambda output: (output.float().mean(), {"logits": output.detach().clone()})
 
         with torch.no_grad():
             reports = pipeline_schedule(
-                trainer.backend.chunks, forward_step, [batch], rows=len(rows), sequence_length=rows.shape[1], backward=False
+                trainer.backend.chunks, forward_step, [batch], rows=len(rows), sequence_length=rows.shape[1] // groups.context_size, backward=False
             )
         if not reports:
             return None
         logits_sbv = reports[0]["logits"].contiguous()
         parts = [torch.empty_like(logits_sbv) for _ in range(groups.tensor_size)]
         dist.all_gather(parts, logits_sbv, group=groups.tensor)
-        return torch.cat(parts, dim=-1).transpose(0, 1)[..., : config.model.vocab_size].tolist()
+        logits_btv = torch.cat(parts, dim=-1).transpose(0, 1)[..., : config.model.vocab_size].contiguous()
+        pieces = list(groups.context.all_gather("logits", logits_btv)) if groups.context else [logits_btv]
+        return torch.cat(pieces, dim=1).tolist()
 
 
 def wrong_initial_values(raw: dict[str, Any]) -> list[str]:

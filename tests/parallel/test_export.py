@@ -68,9 +68,10 @@ def exported_text(folder: Path, text: str) -> tuple[Any, torch.Tensor]:
     ("size", "parallel", "model"),
     [
         (4, {"tensor": 2, "pipeline": 2}, {"pattern": "(MS)x2"}),
+        (2, {"context": 2}, {"pattern": "(MS)x2F"}),
         (1, {}, {"pattern": "(MS)x2F", "rope_kinds": "S", "tie_embeddings": True, "logit_cap": None}),
     ],
-    ids=["TP2-PP2-ZeRO1", "one process"],
+    ids=["TP2-PP2-ZeRO1", "CP2", "one process"],
 )
 def test_export_equals_the_training_model(
     size: int, parallel: dict, model: dict, text_data: Path, tmp_path: Path, workers: Callable[[int], Workers]

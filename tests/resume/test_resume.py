@@ -66,6 +66,13 @@ SAME_LAYOUT: dict[str, dict[str, Any]] = {
     "DP2 Megatron's optimizer bf16": {**MEGATRON, **BF16},
     "TP2 SP ZeRO-1 bf16": {"parallel": {"tensor": 2}, **BF16},
     "PP2 Megatron's optimizer": {"parallel": {"pipeline": 2}, **MEGATRON},
+    "CP2 ZeRO-1": {"parallel": {"context": 2}},
+    "DP2 ZeRO-0 bf16": {"optimizer": {"zero_stage": 0}, **BF16},
+    "DP2 ZeRO-2 bf16": {"optimizer": {"zero_stage": 2}, **BF16},
+    "DP2 ZeRO-3 bf16": {"optimizer": {"zero_stage": 3}, **BF16},
+    "DP2 Megatron's optimizer, weights gathered late": {
+        "optimizer": {**MEGATRON["optimizer"], "overlap_gradients": True, "overlap_parameters": True}
+    },
 }
 
 
@@ -95,7 +102,7 @@ def test_resume_at_the_same_layout_is_bit_equal(name: str, corpus: Path, tmp_pat
 
 
 def test_resume_at_other_layouts_reads_the_same_data(corpus: Path, tmp_path: Path, workers: Any) -> None:
-    """Saved at TP2 SP, continued at PP2, at DP2 with the other optimizer, and by one process: the batches are exactly the
+    """Saved at TP2 SP, continued at PP2, at DP2 with the other optimizer, at CP2, and by one process: the batches are exactly the
     same (number of targets, windows, position), the losses within the tolerance of tests/parallel/test_parity.py.
     """
     first = config(corpus, tmp_path / "run", steps=STEPS, parallel={"tensor": 2})
@@ -103,9 +110,22 @@ def test_resume_at_other_layouts_reads_the_same_data(corpus: Path, tmp_path: Pat
     layouts: list[tuple[int, dict[str, Any]]] = [
         (2, {"parallel": {"pipeline": 2}}),
         (2, {"optimizer": {"backend": "megatron"}}),
+        (2, {"parallel": {"context": 2}}),
+        (2, {"optimizer": {"zero_stage": 3}}),
         (1, {}),
         (1, {"train": {"micro_batch_size": 4}}),
     ]
+    continues_elsewhere(whole, layouts, corpus, tmp_path, workers)
+
+
+def test_resume_of_rows_in_pieces_with_whole_rows(corpus: Path, tmp_path: Path, workers: Any) -> None:
+    """Saved at CP2, continued by one process and at TP2 SP with the other optimizer."""
+    whole = workers(2).run(runs.train, config(corpus, tmp_path / "run", parallel={"context": 2}))[0]
+    continues_elsewhere(whole, [(1, {}), (2, {"parallel": {"tensor": 2}, **MEGATRON})], corpus, tmp_path, workers)
+
+
+def continues_elsewhere(whole: dict, layouts: list[tuple[int, dict[str, Any]]], corpus: Path, tmp_path: Path, workers: Any) -> None:
+    """Continue the run from step 3 at each layout: the same data and windows, nearly the same losses."""
     for size, sections in layouts:
         forget_after(tmp_path / "run", 3)
         other = workers(size).run(runs.train, config(corpus, tmp_path / "run", **sections))[0]

@@ -65,13 +65,23 @@ if __name__ == "__main__":
 """
 
 
+MEGATRON = {"backend": "megatron"}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the shim is for machines without CUDA")
 @pytest.mark.parametrize(
-    ("size", "backend", "parallel"),
-    [(1, "zero", {}), (1, "megatron", {}), (2, "zero", {"tensor": 2}), (2, "megatron", {"pipeline": 2})],
-    ids=["zero", "megatron", "zero TP2 SP", "megatron PP2"],
+    ("size", "optimizer", "parallel"),
+    [
+        (1, {}, {}),
+        (1, MEGATRON, {}),
+        (2, {}, {"tensor": 2}),
+        (2, {"zero_stage": 2, "overlap_gradients": True}, {}),
+        (2, {"zero_stage": 3, "overlap_gradients": True}, {}),
+        (2, {**MEGATRON, "overlap_gradients": True, "overlap_parameters": True}, {"pipeline": 2}),
+    ],
+    ids=["zero", "megatron", "zero TP2 SP", "zero 2", "zero 3", "megatron PP2"],
 )
-def test_no_other_cuda_call_on_a_training_path(size: int, backend: str, parallel: dict, corpus: Path, tmp_path: Path) -> None:
+def test_no_other_cuda_call_on_a_training_path(size: int, optimizer: dict, parallel: dict, corpus: Path, tmp_path: Path) -> None:
     """Every function of torch.cuda and of its submodules, and every class when it is constructed, reports its use on every
     rank; the shim replaces its own, so what is left was not foreseen.
     """
@@ -80,7 +90,7 @@ def test_no_other_cuda_call_on_a_training_path(size: int, backend: str, parallel
     raw = runs.small_config(
         corpus,
         tmp_path / "run",
-        optimizer={"backend": backend},
+        optimizer=optimizer,
         parallel=parallel,
         train={"steps": 2, "recompute": "full", "precision": "bf16"},
         checkpoint={"interval": 1},

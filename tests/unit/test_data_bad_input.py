@@ -89,7 +89,8 @@ def test_bad_corpus_as_the_user_sees_it(tmp_path, model):
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run([*command, "--workers", str(workers)], capture_output=True, text=True, cwd=tmp_path, env=environment)
         assert done.returncode == 2
-        assert done.stderr.startswith("error: a.jsonl line 1: not valid JSON") and done.stderr.count("\n") == 1
+        encoder, error = done.stderr.splitlines()
+        assert encoder.startswith("encoder: ") and error.startswith("error: a.jsonl line 1: not valid JSON")
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 

@@ -52,7 +52,7 @@ def test_a_resume_anywhere_continues_exactly(mixture, cuts):
 def test_every_split_over_ranks_reads_the_same_batches(mixture):
     plan, _ = mixture.plan(StreamState(100, (50, 30, 20)), 24)
     whole = mixture.load(plan)
-    assert whole.ids_bt1.shape == (24, 17) and whole.ids_bt1.dtype == np.int64 and whole.mask_bt1.dtype == bool
+    assert whole.ids_bt1.shape == (24, 17) and whole.ids_bt1.dtype == np.uint16 and whole.mask_bt1.dtype == bool
     for ranks in (1, 2, 3, 8, 24):
         size = 24 // ranks
         parts = [mixture.load(plan[rank * size : (rank + 1) * size]) for rank in range(ranks)]
@@ -103,6 +103,41 @@ def test_a_resume_that_is_not_exact_is_refused(streams, mixture, tmp_path):
     other = SequenceStream(ShardedDataset(write_ids(tmp_path / "web", random_documents(31))), 16, seed=1)
     with pytest.raises(ValueError, match="source 'web' at .* is not what the checkpoint read"):
         Mixture([other, *streams[1:]], weights, NAMES, seed=11).state_from_json(saved)
+
+
+def test_a_curriculum_changes_the_weights_at_its_steps(streams):
+    """Draws are those of a mixture that always had the weights of the step; each source goes on where it stood."""
+    phases = [(0, [1.0, 0.0, 0.0]), (3, [0.0, 0.5, 0.5]), (7, [0.2, 0.0, 0.8])]
+    curriculum = Mixture(streams, phases[0][1], NAMES, seed=11, curriculum=phases[1:])
+    state, positions = curriculum.initial_state(), [0, 0, 0]
+    for step in range(10):
+        weights = next(weights for first, weights in reversed(phases) if step >= first)
+        assert curriculum.weights_at(step) == weights
+        constant = Mixture(streams, weights, NAMES, seed=11)
+        expected, _ = constant.plan(state, 20)
+        plan, after = curriculum.plan(state, 20, step)
+        assert plan == expected
+        for source, index in plan:
+            assert weights[source] > 0 and index == positions[source]
+            positions[source] += 1
+        state = curriculum.state_from_json(json.loads(json.dumps(curriculum.state_to_json(after))))
+    epochs = curriculum.epochs(state)
+    assert epochs == {name: position / stream.per_epoch for name, position, stream in zip(NAMES, positions, streams, strict=True)}
+    with pytest.raises(ValueError, match="2 weights, 3 sources"):
+        Mixture(streams, [1.0, 1.0, 1.0], NAMES, seed=11, curriculum=[(3, [1.0, 1.0])])
+
+
+def test_packing_and_shuffling_are_part_of_the_order(streams, mixture):
+    saved = mixture.state_to_json(mixture.initial_state())
+    for key, other in (("packing", "best_fit"), ("shuffle_tokens", 64)):
+        changed = json.loads(json.dumps(saved))
+        changed["sources"]["code"][key] = other
+        with pytest.raises(ValueError, match=f"the checkpoint read 'code' with {key}={other!r}, not .*: set it back"):
+            mixture.state_from_json(changed)
+    older = json.loads(json.dumps(saved))
+    for source in older["sources"].values():
+        del source["packing"], source["shuffle_tokens"], source["skipped"]
+    assert mixture.state_from_json(older) == mixture.initial_state()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tarfile
@@ -21,8 +20,9 @@ import webdataset
 import zstandard
 
 from data_prep import show, tokenizer, verify
-from data_prep.encoding import EncodeOptions, _Worker, encode_units
-from data_prep.readers import iter_units, list_inputs
+from data_prep.inputs import Source
+from data_prep.readers import ReadOptions
+from data_prep.segments import plan
 from swax_megatron.data.shards import ShardedDataset
 from tests.texts import EOS, ODD_TEXTS, run_shard, small_tokenizer, texts, write_jsonl
 
@@ -79,7 +79,7 @@ def test_tokenizer_is_reproducible_and_samples_the_whole_corpus(tmp_path, capsys
         assert tokenizer.main([*options, "--out", str(tmp_path / name)]) == 0
     assert (tmp_path / "one.model").read_bytes() == (tmp_path / "two.model").read_bytes()
     assert "bytes a token" in capsys.readouterr().out
-    pieces = tokenizer.sample(list_inputs([str(source)]), "text", "error", 20 << 10)
+    pieces = [piece for _, piece in tokenizer.sample([Source("a", (str(source),))], ReadOptions(), 20 << 10, tmp_path)]
     size = sum(len(piece.encode()) for piece in pieces)
     assert 18 << 10 < size <= 20 << 10
     taken = {int("".join(filter(str.isdigit, piece.split()[1 if piece.startswith("def") else 0]))) for piece in pieces}
@@ -119,12 +119,14 @@ def test_folders_are_walked_in_order_and_filtered(tmp_path, model):
 
 
 def test_workers_do_not_change_a_byte(tmp_path, model):
-    source = write_jsonl(tmp_path / "a.jsonl", texts(6000, seed=2))  # several units
-    assert len(list(iter_units(list_inputs([str(source)]), "text"))) > 2
-    options = ("--shard-size", "300K", "--validation-fraction", "0.1")
-    assert run_shard(source, model, tmp_path / "one", *options) == 0
-    assert run_shard(source, model, tmp_path / "two", *options, "--workers", "2") == 0
-    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    source = write_jsonl(tmp_path / "a.jsonl", texts(6000, seed=2))
+    (task,) = plan([Source("a", (str(source),))], 300 << 10, 200 << 10)
+    assert task.segments > 8
+    options = ("--shard-size", "300K", "--segment-bytes", "200K", "--validation-fraction", "0.1")
+    for workers in ("1", "2", "4"):
+        assert run_shard(source, model, tmp_path / workers, *options, "--workers", workers) == 0
+        assert digests(tmp_path / workers) == digests(tmp_path / "1")
+    os.rename(tmp_path / "1", tmp_path / "one")
     assert len(ShardedDataset(tmp_path / "one" / "train").shards) > 2
     train, validation = decoded(tmp_path / "one" / "train"), decoded(tmp_path / "one" / "validation")
     assert sorted(train + validation) == sorted(texts(6000, seed=2))
@@ -164,7 +166,7 @@ def test_shards_are_plain_tars_and_webdataset_reads_them(tmp_path, model):
             by_tarfile += split(content[name], content[name.replace(".ids", ".lengths")])
     assert by_tarfile == documents
     listed = subprocess.run(["tar", "tf", tars[0]], capture_output=True, text=True, check=True).stdout.split()
-    assert listed[:2] == ["000000-000000.ids", "000000-000000.lengths"]
+    assert listed[:2] == ["000000-00000-000000-000000.ids", "000000-00000-000000-000000.lengths"]
 
 
 def test_manifest_says_what_was_done(tmp_path, model):
@@ -181,9 +183,10 @@ def test_manifest_says_what_was_done(tmp_path, model):
         "eos_id": 2,
     }
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == model.read_bytes()
-    assert manifest["skipped"] == {"empty": 1, "invalid_utf8": 0, "too_long": 0}
+    assert {reason: count for reason, count in manifest["skipped"].items() if count} == {"empty": 1}
     assert manifest["totals"]["documents"] == 21 and manifest["options"]["text_key"] == "text"
-    assert manifest["sources"] == [{"path": str(source), "files": 1, "bytes": source.stat().st_size}]
+    given = {name: manifest["totals"][name] for name in ("documents", "tokens", "text_bytes")}
+    assert manifest["sources"] == [{"name": str(source), "path": str(source), "files": 1, "bytes": source.stat().st_size, **given}]
 
 
 def test_long_documents_are_neither_lost_nor_cut(tmp_path, model):
@@ -231,31 +234,10 @@ def test_scripts_run_as_files(tmp_path, model):
     assert "example" in call("tokenizer.py", "--help").stdout
 
 
-def test_sigterm_leaves_nothing_that_looks_whole(tmp_path, model):
-    source = write_jsonl(tmp_path / "a.jsonl", texts(30_000))
-    command = [sys.executable, str(ROOT / "data_prep" / "shard.py"), "--input", str(source), "--tokenizer", str(model)]
-    process = subprocess.Popen([*command, "--out", str(tmp_path / "out"), "--workers", "1"], env={**os.environ, "PYTHONPATH": str(ROOT)})
-    while not any(tmp_path.glob("out.tmp-*/*.tar")):
-        assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
-    assert not (tmp_path / "out").exists() and leftovers(tmp_path) == []
-
-
-def test_a_killed_worker_is_an_error(tmp_path, model):
-    worker = _Worker(EncodeOptions(str(model)))
-    os.kill(worker.process.pid, signal.SIGKILL)
-    worker.process.join()
-    unit = next(iter_units(list_inputs([str(write_jsonl(tmp_path / "a.jsonl", ["x"]))]), "text"))
-    with pytest.raises(ValueError, match="process died"):
-        worker.encode(unit)
-    worker.close()
-
-
-def test_the_first_error_in_order_is_reported_whatever_the_workers(tmp_path, model):
+def test_the_first_error_in_order_is_reported_whatever_the_workers(tmp_path, model, capfd):
     lines = write_jsonl(tmp_path / "a.jsonl", texts(6000, seed=2)).read_bytes().split(b"\n")
     lines[2000] = lines[5500] = b"{broken"
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    units = iter_units(list_inputs([str(tmp_path / "a.jsonl")]), "text")
-    with pytest.raises(ValueError, match="a.jsonl line 2001: not valid JSON"):
-        list(encode_units(units, EncodeOptions(str(model)), 2))
+    for workers in ("1", "2"):
+        assert run_shard(tmp_path / "a.jsonl", model, tmp_path / "out", "--segment-bytes", "100K", "--workers", workers) == 2
+        assert "a.jsonl line 2001: not valid JSON" in capfd.readouterr().err

@@ -70,7 +70,7 @@ def test_small_caches_change_nothing(dataset, monkeypatch):
     monkeypatch.setattr(stream_module, "_INDEX_CHUNK", 3)
     tight = SequenceStream(ShardedDataset(dataset.path, max_open_shards=1), 32, seed=1)
     assert all((plain[i][0] == tight[i][0]).all() for i in range(0, 2 * plain.per_epoch, 3))
-    assert len(tight._orders) == 1
+    assert len(tight._tables) == 1
 
 
 def test_epochs_and_seeds_differ(dataset):

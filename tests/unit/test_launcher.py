@@ -60,7 +60,7 @@ def test_dry_run_prints_the_plan_and_the_resolved_configuration(settings: Path, 
     ("arguments", "message"),
     [
         (["train.stepz=3"], "error: unknown config field 'train.stepz'; did you mean 'train.steps'?\n"),
-        (["parallel.context=2"], "error: parallel.context=2: context parallelism needs"),
+        (["parallel.context=3"], "error: data.sequence_length=64: must be divisible by parallel.context=3"),
     ],
 )
 def test_a_mistake_ends_with_one_sentence_and_code_2(settings: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -85,28 +85,52 @@ def test_plans_that_are_refused(settings: Path, override: str, requested: int | 
 
 
 @pytest.mark.parametrize(
-    ("tensor", "pipeline", "gpus", "requested", "expected"),
+    ("tensor", "pipeline", "gpus", "requested", "nodes", "expected"),
     [
-        (1, 1, 0, None, 1),  # the CPU: one copy of the model
-        (2, 2, 0, None, 4),
-        (2, 1, 0, 6, 6),
-        (1, 1, 8, None, 8),  # GPUs: all of them
-        (2, 2, 8, None, 8),
-        (2, 1, 1, None, 2),  # two ranks share one
-        (2, 1, 8, 4, 4),
+        (1, 1, 0, None, 1, 1),  # the CPU: one copy of the model
+        (2, 2, 0, None, 1, 4),
+        (2, 1, 0, 6, 1, 6),
+        (1, 1, 8, None, 1, 8),  # GPUs: all of them
+        (2, 2, 8, None, 1, 8),
+        (2, 1, 1, None, 1, 2),  # two ranks share one
+        (2, 1, 8, 4, 1, 4),
+        (2, 1, 0, None, 2, 2),  # several nodes: one copy over them, or as many as make every node start alike
+        (1, 1, 0, None, 3, 3),
+        (2, 1, 0, None, 3, 6),
+        (8, 2, 8, None, 4, 32),
+        (8, 2, 8, 16, 2, 16),
     ],
 )
-def test_number_of_processes(tensor: int, pipeline: int, gpus: int, requested: int | None, expected: int) -> None:
-    assert choose_processes(from_dict({"parallel": {"tensor": tensor, "pipeline": pipeline}}), gpus, requested) == expected
+def test_number_of_processes(tensor: int, pipeline: int, gpus: int, requested: int | None, nodes: int, expected: int) -> None:
+    assert choose_processes(from_dict({"parallel": {"tensor": tensor, "pipeline": pipeline}}), gpus, requested, nodes) == expected
 
 
 @pytest.mark.parametrize(
-    ("tensor", "pipeline", "gpus", "message"),
-    [(3, 1, 8, "8 GPUs cannot be divided .* or --processes 6"), (1, 2, 1, "parallel.pipeline=2: 2 processes would share 1 GPU")],
+    ("tensor", "pipeline", "gpus", "nodes", "message"),
+    [
+        (3, 1, 8, 1, "8 GPUs cannot be divided .* or --processes 6"),
+        (1, 2, 1, 1, "parallel.pipeline=2: 2 processes would share 1 GPU"),
+        (8, 3, 8, 2, "is more than 2 nodes x 8 GPUs; ask for more nodes"),
+        (8, 3, 8, 4, r"4 nodes x 8 GPUs cannot be divided .* or --processes 24"),
+    ],
 )
-def test_layouts_that_do_not_fit_the_gpus(tensor: int, pipeline: int, gpus: int, message: str) -> None:
+def test_layouts_that_do_not_fit_the_gpus(tensor: int, pipeline: int, gpus: int, nodes: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        choose_processes(from_dict({"parallel": {"tensor": tensor, "pipeline": pipeline}}), gpus, None)
+        choose_processes(from_dict({"parallel": {"tensor": tensor, "pipeline": pipeline}}), gpus, None, nodes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nodes", "2"], "error: --node-rank None: with --nodes 2 give every node its own, from 0 on\n"),
+        (["--nodes", "2", "--node-rank", "0"], "error: --rendezvous None: with several nodes name the head node and a free port"),
+        (["--nodes", "2", "--node-rank", "1", "--rendezvous", "here:1"], "error: --name: with several nodes"),
+        (["--nodes", "2", "--processes", "3"], "error: --processes 3: must be a multiple of the 2 nodes"),
+    ],
+)
+def test_several_nodes_need_to_find_each_other(settings: Path, arguments: list[str], message: str) -> None:
+    done = launch(str(settings), *arguments)
+    assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1
 
 
 LAUNCH = """
@@ -129,8 +153,8 @@ def test_workers_get_ranks_and_logs_and_rank_0_the_console(tmp_path: Path) -> No
     job = run_workers(tmp_path, 2, code)
     out, error = job.communicate(timeout=120)
     assert job.returncode == 0, error
-    assert out == "rank 0 of 2 0\n"
-    assert [log.read_text() for log in sorted(tmp_path.glob("logs/*/attempt_0/*/stdout.log"))] == ["rank 0 of 2 0\n", "rank 1 of 2 1\n"]
+    assert (out, error) == ("", "rank 0 of 2 0\n")
+    assert [log.read_text() for log in sorted(tmp_path.glob("logs/*/rank_[01].log"))] == ["rank 0 of 2 0\n", "rank 1 of 2 1\n"]
 
 
 def test_the_first_failure_is_told_and_its_code_passed_on(tmp_path: Path) -> None:

@@ -56,6 +56,16 @@ def test_heads_and_lengths(heads, kv_heads, length):
     assert_same(swa(*inputs, 24), dense(*inputs, 24), inputs)
 
 
+@pytest.mark.parametrize("window", [1, 2, 8, 20, 21, 22, 37, 100])
+@pytest.mark.parametrize("boundaries", [None, [0, 3, 20, 37, 38, 39, 70, 74]])
+@pytest.mark.parametrize("queries", [1, 16, 30])
+def test_the_last_queries_of_a_row_need_no_others(window, boundaries, queries):
+    q, k, v = make_inputs()
+    cu_seqlens = None if boundaries is None else torch.tensor(boundaries, dtype=torch.int32)
+    ours = swa(q[:, -queries:], k, v, window, cu_seqlens=cu_seqlens)
+    assert_same(ours, dense(q, k, v, window, boundaries)[:, -queries:], [q, k, v])
+
+
 def test_documents_do_not_see_each_other():
     inputs = [x.detach() for x in make_inputs(batch=1)]
     cu_seqlens = torch.tensor([0, 13, 37], dtype=torch.int32)

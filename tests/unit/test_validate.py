@@ -62,7 +62,12 @@ def test_valid_configurations_pass() -> None:
     validate(config(), 8)
     validate(config(parallel={"tensor": 4, "pipeline": 2}), 8)
     validate(config(parallel={"pipeline": 2, "virtual_pipeline": 2}), 2)
+    validate(config(parallel={"context": 4, "tensor": 2, "pipeline": 2}), 32)
+    validate(config(parallel={"context": 128, "tensor": 4, "sequence": False}))
     validate(config(parallel={"pipeline": 3, "pipeline_layers": [3, 3, 2]}), 3)
+    validate(config(parallel={"pipeline": 3}), 3)
+    validate(config(parallel={"pipeline": 2, "virtual_pipeline": 2, "pipeline_layers": [1, 3, 2, 2]}), 2)
+    validate(config(optimizer__offload=True, optimizer__zero_stage=3, parallel={"tensor": 2, "sequence": False}), cuda=True)
     validate(config(window__per_layer=True, window__schedule="stochastic"))
     validate(config(window={"windows": [256], "schedule": "fixed", "anneal_fraction": 0.0}))
     validate(config(validation={"interval": 0}, data={"train": [{"path": "x"}], "sequence_length": 256}))
@@ -134,18 +139,24 @@ REFUSALS: list[tuple[dict[str, Any], int | None, list[str]]] = [
         ["parallel.tensor=3", "512", "model.vocab_size=500", "power of two"],
     ),
     ({"parallel": {"tensor": 4}, "data__sequence_length": 258}, None, ["data.sequence_length=258", "parallel.sequence=false"]),
-    ({"parallel": {"pipeline": 3}}, None, ["parallel.pipeline=3", "8 layers", "parallel.pipeline_layers"]),
-    ({"parallel": {"pipeline": 2, "virtual_pipeline": 3}}, None, ["parallel.pipeline=2", "3 chunks"]),
+    ({"parallel": {"pipeline": 9}}, None, ["parallel.pipeline=9", "8 layers", "fewer stages"]),
+    ({"parallel": {"pipeline": 3, "virtual_pipeline": 3}}, None, ["parallel.pipeline=3", "3 chunks"]),
     ({"parallel": {"virtual_pipeline": 2}}, None, ["parallel.virtual_pipeline=2", "parallel.pipeline=1"]),
     (
         {"parallel": {"pipeline": 2, "virtual_pipeline": 2, "pipeline_layers": [4, 4]}},
         None,
-        ["parallel.pipeline_layers=[4, 4]", "parallel.virtual_pipeline=2", "drop one"],
+        ["parallel.pipeline_layers=[4, 4]", "needs 4 numbers", "parallel.virtual_pipeline=2"],
     ),
     ({"parallel": {"pipeline": 2, "pipeline_layers": [8]}}, None, ["parallel.pipeline_layers=[8]", "parallel.pipeline=2"]),
     ({"parallel": {"pipeline": 2, "pipeline_layers": [8, 0]}}, None, ["parallel.pipeline_layers=[8, 0]", "at least one layer"]),
     ({"parallel": {"pipeline": 2, "pipeline_layers": [4, 3]}}, None, ["parallel.pipeline_layers=[4, 3]", "sums to 7", "8 layers"]),
-    ({"parallel": {"context": 2}}, None, ["parallel.context=2", "not built yet", "parallel.context=1"]),
+    ({"parallel": {"context": 3}}, None, ["data.sequence_length=256", "parallel.context=3", "data.sequence_length=258"]),
+    (
+        {"parallel": {"context": 128, "tensor": 4}},
+        None,
+        ["data.sequence_length=256", "parallel.context=128 x parallel.tensor=4", "data.sequence_length=512", "parallel.sequence=false"],
+    ),
+    ({"parallel": {"context": 4}}, 6, ["6 processes", "parallel.context=4", "start 4"]),
     ({"train__micro_batch_size": 3}, None, ["train.global_batch_size=8", "train.micro_batch_size=3"]),
     ({"parallel": {"tensor": 2, "pipeline": 2}}, 6, ["6 processes", "parallel.tensor=2", "parallel.pipeline=2", "start 4"]),
     ({"parallel": {"tensor": 2}}, 1, ["1 processes", "parallel.tensor=2", "start 2"]),
@@ -155,10 +166,43 @@ REFUSALS: list[tuple[dict[str, Any], int | None, list[str]]] = [
         2,
         ["parallel.virtual_pipeline=2", "there are 3", "train.global_batch_size=4"],
     ),
-    ({"optimizer__zero_stage": 0}, None, ["optimizer.zero_stage=0", "optimizer.backend=megatron"]),
-    ({"optimizer__zero_stage": 2}, None, ["optimizer.zero_stage=2", "nothing over stage 1", "optimizer.zero_stage=1"]),
-    ({"optimizer__zero_stage": 3}, None, ["optimizer.zero_stage=3", "parallel.pipeline=1 only", "optimizer.zero_stage=1"]),
     ({"optimizer__zero_stage": 4}, None, ["optimizer.zero_stage=4", "stages 0 to 3", "optimizer.zero_stage=1"]),
+    ({"optimizer__zero_stage": -1}, None, ["optimizer.zero_stage=-1", "stages 0 to 3"]),
+    (
+        {"optimizer__zero_stage": 2, "parallel": {"pipeline": 2}},
+        None,
+        ["optimizer.zero_stage=2", "parallel.pipeline=2", "nothing over stage 1", "optimizer.zero_stage=1"],
+    ),
+    (
+        {"optimizer__zero_stage": 3, "parallel": {"pipeline": 2}},
+        None,
+        ["optimizer.zero_stage=3", "parallel.pipeline=2", "gather", "optimizer.zero_stage=1"],
+    ),
+    ({"optimizer__overlap_parameters": True}, None, ["optimizer.overlap_parameters=True", "optimizer.backend=megatron"]),
+    (
+        {"optimizer__zero_stage": 0, "optimizer__overlap_gradients": True},
+        None,
+        ["optimizer.overlap_gradients=True", "stage 0", "optimizer.zero_stage=1"],
+    ),
+    (
+        {"optimizer__overlap_gradients": True, "parallel": {"pipeline": 2}},
+        None,
+        ["optimizer.overlap_gradients=True", "parallel.pipeline=2", "optimizer.backend=megatron"],
+    ),
+    (
+        {"optimizer": {"backend": "megatron", "overlap_parameters": True, "warmup": 0}},
+        None,
+        ["optimizer.overlap_parameters=True", "optimizer.overlap_gradients=true"],
+    ),
+    ({"optimizer": {"backend": "megatron", "offload": True, "warmup": 0}}, None, ["optimizer.offload=True", "optimizer.backend=zero"]),
+    ({"optimizer__offload": True, "optimizer__zero_stage": 0}, None, ["optimizer.offload=True", "stage 0", "optimizer.zero_stage=1"]),
+    ({"optimizer__offload": True, "optimizer__overlap_gradients": True}, None, ["optimizer.offload=True", "overlap_gradients=false"]),
+    (
+        {"optimizer__offload": True, "optimizer__zero_stage": 2, "parallel": {"tensor": 2}},
+        None,
+        ["optimizer.offload=True", "stage 2", "parallel.sequence=false"],
+    ),
+    ({"optimizer__offload": True}, None, ["optimizer.offload=True", "no GPU", "optimizer.offload=false"]),
     ({"optimizer__min_learning_rate": 1.0}, None, ["optimizer.min_learning_rate=1.0", "optimizer.learning_rate=0.0006"]),
     ({"optimizer__warmup": 101}, None, ["optimizer.warmup=101", "100 steps", "optimizer.warmup=10"]),
     (

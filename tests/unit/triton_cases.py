@@ -160,6 +160,12 @@ def run_swa() -> None:
     inputs = [x.requires_grad_() for x in inputs]
     runs = [swa(*inputs, 9, backend="triton"), swa(*inputs, 9, backend="reference")]
     close("dispatch", *([o, *torch.autograd.grad(o.square().sum(), inputs)] for o in runs), 1e-5)
+    for window in (9, 150, 1000):  # more keys than queries: idle queries are put before the queries
+        for boundaries in (None, [0, 100, 145, 190, 192, 380]):
+            earlier = [torch.randn(2, n, heads, 64).requires_grad_() for n, heads in ((40, 2), (190, 1), (190, 1))]
+            cu_seqlens = None if boundaries is None else torch.tensor(boundaries, dtype=torch.int32)
+            runs = [swa(*earlier, window, cu_seqlens=cu_seqlens, backend=backend) for backend in ("triton", "reference")]
+            close(f"earlier keys, window {window}", *([o, *torch.autograd.grad(o.square().sum(), earlier)] for o in runs), 1e-5)
     opcheck(swa_op, (*[x.detach() for x in inputs], 9, None, None, 0.125), test_utils=("test_schema", "test_faketensor"))
 
 

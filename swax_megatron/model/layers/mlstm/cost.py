@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from swax_megatron.model.layers.footprint import Footprint
 from swax_megatron.schema import ModelConfig
+
+TRITON_STATE_TOKENS = 256  # the kernels store a state every so many tokens (128 for the smaller heads)
 
 
 def param_count(model: ModelConfig) -> int:
@@ -23,3 +26,30 @@ def core_flops(model: ModelConfig, sequence_length: int, window: int) -> float:
     A chunked kernel does more; counting that would flatter it. Window and length do not matter.
     """
     return 4.0 * model.mlstm_heads * model.mlstm_qk_dim * model.mlstm_v_dim
+
+
+def footprint(model: ModelConfig, length: int, window: int, width: int, kernels: str, chunk: int) -> Footprint:
+    """Bytes a token that backward needs. length: tokens of a row on this rank; width: bytes of an activation; chunk: the reference's."""
+    heads, qk, values = model.mlstm_heads, model.mlstm_heads * model.mlstm_qk_dim, model.mlstm_heads * model.mlstm_v_dim
+    gates, whole = 8.0 * heads, 4.0 * model.hidden_size if width < 4 else 0.0
+    inputs = width * (2 * qk + 2 * values) + gates
+    # after the cell, in plain torch either way: fp32 h and its normed self, the normed h, the output gate's sigmoid
+    norm = 8.0 * values + 2.0 * width * values + 8.0 * heads
+    if kernels == "triton":
+        states = heads * model.mlstm_qk_dim * (2.0 * model.mlstm_v_dim + 4.0) / TRITON_STATE_TOKENS
+        core = width * (2 * qk + 2 * values) + gates + 24.0 * heads + states + norm
+        return Footprint(inputs, core, width * values, states, whole)
+    size = min(chunk, length)
+    padding = -(-length // size) * size / length
+    states = 8.0 * heads * model.mlstm_qk_dim * (model.mlstm_v_dim + 1) / size * padding
+    # q and k five times and [v | 1] three times in fp32; the L x L weights of every chunk three times; masks and gates
+    core = padding * (4.0 * 6 * qk + 4.0 * 3 * (values + heads) + 4.0 * 3 * heads * size + 2.0 * size + 4.0 * 9 * heads) + states + norm
+    return Footprint(inputs, core, width * values, states, whole)
+
+
+def context_bytes(model: ModelConfig, length: int, window: int, width: int, ranks: int) -> float:
+    """Bytes that the busiest rank sends for one row's forward pass: ceil(log2 P) fp32 memories, and the stabilisers."""
+    if ranks == 1:
+        return 0.0
+    memory = 4.0 * model.mlstm_heads * model.mlstm_qk_dim * (model.mlstm_v_dim + 1)
+    return (ranks - 1).bit_length() * memory + 2 * 4.0 * model.mlstm_heads * (ranks - 1)

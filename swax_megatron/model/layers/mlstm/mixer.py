@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swax_megatron.kernels.mlstm import mlstm
+from swax_megatron.kernels.mlstm.summary import mlstm_summary
 from swax_megatron.model.initial import MLSTM, ZERO, Initial
 from swax_megatron.model.layers.mixer import Mixer, split_heads
 from swax_megatron.model.linear import ColumnLinear, RowLinear, new_parameter
@@ -17,6 +18,7 @@ from swax_megatron.model.norm import HeadNorm
 from swax_megatron.model.parameters import declare
 from swax_megatron.model.transformer_config import SwaxTransformerConfig
 from swax_megatron.parallel.context import SequenceContext
+from swax_megatron.parallel.context_exchange.memory import incoming_memory
 
 
 class GateProjection(nn.Module):
@@ -63,6 +65,10 @@ class MlstmMixer(Mixer):
 
     def core(self, context: SequenceContext, *inputs: Tensor) -> Tensor:
         q_bthk, k_bthk, v_bthv, igate_bth, fgate_bth, ogate_btn = inputs
+        model, memory = self.config.model, None
+        if context.piece:
+            summary = mlstm_summary(k_bthk, v_bthv, igate_bth, fgate_bth, context.last_start_b, gate_cap=model.gate_cap)
+            memory = incoming_memory(summary, context.continues_b, context.piece.ranks)
         h_bthv = mlstm(
             q_bthk,
             k_bthk,
@@ -70,7 +76,8 @@ class MlstmMixer(Mixer):
             igate_bth,
             fgate_bth,
             cu_seqlens=context.cu_seqlens,
-            gate_cap=self.config.model.gate_cap,
+            initial_state=memory,
+            gate_cap=model.gate_cap,
             chunk_size=self.config.kernels.mlstm_chunk,
             backend=self.config.kernels.backend,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from swax_megatron.model.layers.footprint import Footprint
 from swax_megatron.schema import ModelConfig
 
 
@@ -27,3 +28,31 @@ def visible_keys(sequence_length: int, window: int) -> float:
 def core_flops(model: ModelConfig, sequence_length: int, window: int) -> float:
     """Forward operations of scores and weighted values a token, for the keys inside the window only."""
     return 4.0 * model.attention_heads * model.attention_head_dim * visible_keys(sequence_length, window)
+
+
+def footprint(model: ModelConfig, length: int, window: int, width: int, kernels: str, chunk: int) -> Footprint:
+    """Bytes a token that backward needs. length: tokens of a row on this rank; width: bytes of an activation; chunk: not used."""
+    size, heads = model.attention_head_dim, model.attention_heads
+    queries, keys = heads * size, model.attention_kv_heads * size
+    inputs = float(width * (queries + 2 * keys))
+    rotary = 4.0 * size if "S" in model.rope_kinds else 0.0
+    if kernels == "triton":  # the output, which the kernel keeps, is the output projection's input
+        return Footprint(inputs, width * (queries + 2 * keys) + 4.0 * heads + rotary, float(width * queries))
+    window = min(window, length)
+    block = length if window == length else min(length, max(16, -(-window // 2)))
+    seen = block if window == length else block + window - 1
+    padding = -(-length // block) * block / length
+    slices = seen / block  # a key stands in the slices of several blocks
+    core = padding * (4.0 * (queries + 2 * keys * slices) + 4.0 * heads * seen + seen) + rotary
+    return Footprint(inputs, core, float(width * queries))
+
+
+def context_bytes(model: ModelConfig, length: int, window: int, width: int, ranks: int) -> float:
+    """Bytes that the busiest rank sends for one row's forward pass: the keys and values of the last window - 1 positions.
+
+    length: tokens of the whole row. A window larger than a piece reaches over several neighbours; nobody asks for more than all.
+    """
+    if ranks == 1:
+        return 0.0
+    reach = min(window - 1, length - length // ranks)
+    return float(reach * 2 * model.attention_kv_heads * model.attention_head_dim * width)

@@ -13,6 +13,7 @@ from swax_megatron.model.linear import ColumnLinear, RowLinear
 from swax_megatron.model.rotary import rotate
 from swax_megatron.model.transformer_config import SwaxTransformerConfig
 from swax_megatron.parallel.context import SequenceContext
+from swax_megatron.parallel.context_exchange.halo import with_past
 
 
 class AttentionMixer(Mixer):
@@ -40,5 +41,8 @@ class AttentionMixer(Mixer):
         if self.rope:
             cos, sin = context.rotary(self.head_dim, self.config.model.rope_base)
             q_bthd, k_bthd = rotate(q_bthd, cos, sin), rotate(k_bthd, cos, sin)
-        window = context.windows[self.layer]
-        return swa(q_bthd, k_bthd, v_bthd, window, cu_seqlens=context.cu_seqlens, backend=self.config.kernels.backend).flatten(-2)
+        window, cu_seqlens = context.windows[self.layer], context.cu_seqlens
+        if context.piece:
+            k_bthd, v_bthd = with_past(k_bthd, v_bthd, window - 1, context.piece.ranks)
+            cu_seqlens = context.piece.boundaries(k_bthd.shape[1] - q_bthd.shape[1])
+        return swa(q_bthd, k_bthd, v_bthd, window, cu_seqlens=cu_seqlens, backend=self.config.kernels.backend).flatten(-2)

@@ -1,0 +1,187 @@
+"""Text to ids: sentencepiece, and a faster library that must give sentencepiece's ids.
+
+gigatoken (optional: ``pip install 'swax_megatron[fast]'``) encodes SentencePiece BPE models several times faster. It reads
+special tokens such as ``</s>`` out of a document's text, where they are plain text to sentencepiece; documents that hold
+one go to sentencepiece. It is used only for models whose ids it can give exactly, is compared with sentencepiece on
+difficult strings before it starts and on a sample of the corpus while it runs, and a difference stops the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import sentencepiece
+
+from swax_megatron.data.writer import id_dtype
+from swax_megatron.hf.tokenizer import HARD_STRINGS, inexact, read_proto
+
+ENCODERS = ("auto", "gigatoken", "sentencepiece")
+CHECKED_BYTES = 32 << 10  # of a sampled document
+
+
+class Encoder(Protocol):
+    """UTF-8 text to ids without any added token; literal special-token text in a document is plain text."""
+
+    name: str
+
+    def encode(self, texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts, one after another, and how many each has (int64)."""
+        ...
+
+
+def load_tokenizer(path: str | Path) -> sentencepiece.SentencePieceProcessor:
+    """A SentencePiece model that has an EOS; ValueError where the file is none."""
+    if not os.path.isfile(path):
+        raise ValueError(f"tokenizer {path} does not exist; train one with data_prep/tokenizer.py")
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(Path(path).read_bytes())
+    except RuntimeError as error:
+        raise ValueError(f"tokenizer {path} is not a SentencePiece model; train one with data_prep/tokenizer.py") from error
+    if processor.eos_id() < 0 or processor.unk_id() < 0:
+        raise ValueError(f"tokenizer {path} lacks an EOS or UNK id, which documents need; train one with data_prep/tokenizer.py")
+    return processor
+
+
+class SentencePieceEncoder:
+    """The reference encoder."""
+
+    name = "sentencepiece"
+
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
+        self._processor, self._dtype = processor, id_dtype(processor.vocab_size())
+
+    def encode(self, texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """See ``Encoder``."""
+        encoded = self._processor.encode(texts, out_type=int, num_threads=1)
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        ids = [np.array(document, self._dtype) for document in encoded]
+        return np.concatenate([np.empty(0, self._dtype), *ids]), lengths
+
+
+class GigatokenEncoder:
+    """gigatoken on a SentencePiece BPE model; a document with literal special-token text goes through sentencepiece."""
+
+    name = "gigatoken"
+
+    def __init__(self, model: bytes, reference: SentencePieceEncoder, special: Sequence[str]) -> None:
+        import gigatoken
+
+        self._tokenizer, self._reference = gigatoken.Tokenizer.from_sentencepiece(model), reference
+        self._special = re.compile(b"|".join([*(re.escape(piece.encode()) for piece in special), rb"<0x[0-9A-F]{2}>"]))
+
+    def encode(self, texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """See ``Encoder``."""
+        odd = [number for number, text in enumerate(texts) if self._special.search(text)]
+        if odd:
+            return self._encode_mixed(texts, odd)
+        layout = self._tokenizer.encode_batch(texts, parallel=False).layout
+        offsets = np.asarray(layout.offsets.data, np.int64)
+        return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
+
+    def _encode_mixed(self, texts: list[bytes], odd: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        chosen = set(odd)
+        plain = [text for number, text in enumerate(texts) if number not in chosen]
+        fast = _documents(*self.encode(plain)) if plain else []
+        slow = _documents(*self._reference.encode([texts[number] for number in odd]))
+        fast_left, slow_left = iter(fast), iter(slow)
+        documents = [next(slow_left) if number in chosen else next(fast_left) for number in range(len(texts))]
+        return np.concatenate(documents), np.array([len(document) for document in documents], np.int64)
+
+
+def _documents(ids: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    return np.split(ids, np.cumsum(lengths)[:-1])
+
+
+def make_encoder(path: str | Path, wanted: str = "auto") -> tuple[Encoder, str]:
+    """The encoder for a model and a sentence that says which one it is and why.
+
+    wanted: one of ``ENCODERS``. ValueError where gigatoken is asked for and cannot be used.
+    """
+    processor = load_tokenizer(path)
+    reference = SentencePieceEncoder(processor)
+    if wanted == "sentencepiece":
+        return reference, "encoder: sentencepiece"
+    reason = _unfit(path)
+    if reason is None:
+        special = [processor.id_to_piece(i) for i in range(processor.vocab_size()) if processor.is_control(i) or processor.is_unknown(i)]
+        try:
+            fast = GigatokenEncoder(Path(path).read_bytes(), reference, special)
+            reason = _difference(fast, reference, [text.encode() for text in [*HARD_STRINGS, *_some_pieces(processor)]])
+        except (ValueError, RuntimeError) as error:
+            reason = f"gigatoken cannot load it ({error})"
+        if reason is None:
+            return fast, f"encoder: gigatoken {_version()}, compared with sentencepiece on a sample"
+    if wanted == "gigatoken":
+        raise ValueError(f"--encoder gigatoken: {reason}; use --encoder sentencepiece")
+    return reference, f"encoder: sentencepiece ({reason})"
+
+
+def _unfit(path: str | Path) -> str | None:
+    """Why gigatoken is not used for a model, or None."""
+    try:
+        import gigatoken  # noqa: F401
+    except ImportError:
+        return "gigatoken, which is several times faster, is not installed: pip install 'swax_megatron[fast]'"
+    problem = inexact(read_proto(path))
+    return problem and f"gigatoken is not known to give its ids, because {problem.partition(';')[0]}"
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("gigatoken")
+
+
+def _some_pieces(processor: sentencepiece.SentencePieceProcessor) -> list[str]:
+    pieces = [processor.id_to_piece(i).replace("\u2581", " ") for i in range(0, processor.vocab_size(), 7)]
+    return [piece * 3 for piece in pieces]
+
+
+def _difference(encoder: Encoder, reference: Encoder, texts: list[bytes]) -> str | None:
+    """A sentence about the first text that gives other ids, or None."""
+    for text, got, want in zip(texts, _documents(*encoder.encode(texts)), _documents(*reference.encode(texts)), strict=True):
+        if not np.array_equal(got, want):
+            return f"{encoder.name} gives other ids than sentencepiece for {text[:60]!r}: {got[:8].tolist()}, not {want[:8].tolist()}"
+    return None
+
+
+class SampleCheck:
+    """Compares an encoder with sentencepiece on a share of the documents: the same ones in every run.
+
+    share: of the documents, chosen by a hash of their text; of a long one the first ``CHECKED_BYTES`` are compared, and the
+    whole of every document where the share is 1.
+    """
+
+    def __init__(self, encoder: Encoder, reference: Encoder, share: float) -> None:
+        self._encoder, self._reference = encoder, reference
+        self._share = 0.0 if encoder.name == reference.name else share
+
+    def __call__(self, texts: list[bytes], origin: Any) -> int:
+        """Check a batch; returns how many documents were compared. ValueError at a difference, which names the document."""
+        if not self._share:
+            return 0
+        chosen = [number for number, text in enumerate(texts) if self._share >= 1 or _sampled(text, self._share)]
+        if not chosen:
+            return 0
+        pieces = [texts[number] if self._share >= 1 else _piece(texts[number]) for number in chosen]
+        if _difference(self._encoder, self._reference, pieces):
+            for number, piece in zip(chosen, pieces, strict=True):
+                if problem := _difference(self._encoder, self._reference, [piece]):
+                    raise ValueError(f"{origin(number)}: {problem}; use --encoder sentencepiece, and please report this text")
+        return len(chosen)
+
+
+def _sampled(text: bytes, share: float) -> bool:
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8, salt=b"check").digest(), "little") < share * 2.0**64
+
+
+def _piece(text: bytes) -> bytes:
+    """The beginning of a document, not cut inside a character."""
+    return text if len(text) <= CHECKED_BYTES else text[:CHECKED_BYTES].decode("utf-8", "ignore").encode()

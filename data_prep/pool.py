@@ -1,0 +1,204 @@
+"""Processes that encode segments and join shards; which of them does what never changes what is written."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from data_prep.encoding import Counts, EncodeOptions, SegmentEncoder
+from data_prep.joining import Group, join
+from data_prep.segments import Segment, Task
+from data_prep.workfolder import WorkFolder
+
+Job = Segment | Group
+
+
+class Worker:
+    """Does jobs in this process."""
+
+    def __init__(self, options: EncodeOptions, work: WorkFolder, say: Callable[[str], None]) -> None:
+        self._options, self._work, self._say = options, work, say
+        self._encoder: SegmentEncoder | None = None
+
+    def do(self, job: Job, report: Callable[[Counts], None]) -> dict[str, Any]:
+        """The record of a segment, or the entry of a joined shard."""
+        if isinstance(job, Group):
+            return join(job, self._work)
+        if self._encoder is None:
+            self._encoder = SegmentEncoder(self._options, self._work)
+            self._say(self._encoder.description)
+        return self._encoder(job, report)
+
+
+class _Process:
+    """A worker in a process of its own, at the other end of a pipe."""
+
+    def __init__(self, options: EncodeOptions, work: WorkFolder) -> None:
+        context = multiprocessing.get_context("spawn")  # inherits nothing: the pipe's end tells the child that its parent is gone
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, options, work), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.job: Job | None = None
+        self.task: int | None = None
+
+
+def _serve(pipe: Connection, options: EncodeOptions, work: WorkFolder) -> None:
+    """Do what comes through the pipe until the parent closes it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    worker = Worker(options, work, lambda sentence: pipe.send(("say", sentence)))
+    try:
+        while True:
+            job = pipe.recv()
+            try:
+                pipe.send(("done", worker.do(job, lambda counts: pipe.send(("counts", counts)))))
+            except (BrokenPipeError, ConnectionResetError):
+                return
+            except (ValueError, OSError) as error:
+                pipe.send(("error", error))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+
+
+@dataclass
+class _OpenTask:
+    """A task whose segments are being handed out."""
+
+    task: Task
+    missing: deque[int]
+    further: int | None  # the next index after the missing ones; None where their number is known
+    started: bool = False
+    fetched: bool = True
+    ended: bool = False
+    running: int = 0
+
+    def left(self) -> bool:
+        """Whether a worker can be given another segment."""
+        return not self.ended and (bool(self.missing) or self.further is not None) and (self.fetched or not self.started)
+
+    def take(self) -> Segment:
+        """The next segment."""
+        self.started = True
+        self.running += 1
+        if self.missing:
+            return Segment(self.task, self.missing.popleft())
+        index, self.further = self.further, self.further + 1
+        return Segment(self.task, index)
+
+
+@dataclass
+class Pool:
+    """Runs jobs in ``workers`` processes (1: in this one)."""
+
+    options: EncodeOptions
+    work: WorkFolder
+    workers: int
+    say: Callable[[str], None]
+    _processes: list[_Process] = field(default_factory=list)
+    _alone: Worker | None = None
+
+    def __enter__(self) -> Pool:
+        if self.workers == 1:
+            self._alone = Worker(self.options, self.work, self.say)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the processes: an unfinished segment is begun anew by the next run."""
+        for each in self._processes:
+            each.pipe.close()
+            each.process.kill()
+        for each in self._processes:
+            each.process.join()
+
+    def encode(self, todo: Iterable[tuple[Task, list[int], int | None]], report: Callable[[Counts], None]) -> int:
+        """Encode the missing segments of tasks, given as (task, missing indices, first index of an unknown number more).
+
+        Returns how many documents were compared with sentencepiece. The error of the first segment in order is raised, of
+        those that were begun.
+        """
+        tasks = [
+            _OpenTask(task, deque(missing), further, fetched=not task.remote or task.segments == 1) for task, missing, further in todo
+        ]
+        checked = 0
+        for job, record in self._run(lambda process: _next_segment(tasks, process), report):
+            state = next(each for each in tasks if each.task is job.task)
+            state.running, state.fetched = state.running - 1, True
+            state.ended |= record["end"]
+            checked += record["checked"]
+            if state.task.remote and not state.running and not state.left():
+                self.work.forget(state.task)
+        return checked
+
+    def join(self, groups: list[Group]) -> dict[str, dict[str, Any]]:
+        """Write the joined shards; their entries by the groups' names."""
+        left = deque(groups)
+        done = self._run(lambda _: left.popleft() if left else None, lambda _: None)
+        return {job.name: entry for job, entry in done}
+
+    def _run(self, pick: Callable[[_Process | None], Job | None], report: Callable[[Counts], None]) -> Iterator[tuple[Job, dict[str, Any]]]:
+        if self._alone is not None:
+            while (job := pick(None)) is not None:
+                yield job, self._alone.do(job, report)
+            return
+        errors: dict[tuple[int, ...], Exception] = {}
+        while True:
+            for process in self._idle() if not errors else ():
+                if (job := pick(process)) is None:
+                    break
+                process.job = job
+                try:
+                    process.pipe.send(job)
+                except OSError as error:
+                    raise _died() from error
+            busy = {process.pipe: process for process in self._processes if process.job is not None}
+            if not busy:
+                break
+            for pipe in wait(list(busy)):
+                process = busy[pipe]
+                try:
+                    kind, content = pipe.recv()
+                except (EOFError, ConnectionResetError) as error:
+                    raise _died() from error
+                if kind == "say":
+                    self.say(content)
+                elif kind == "counts":
+                    report(content)
+                else:
+                    job, process.job = process.job, None
+                    if kind == "error":
+                        errors[job.place] = content
+                    else:
+                        yield job, content
+        if errors:
+            raise errors[min(errors)]
+
+    def _idle(self) -> Iterator[_Process]:
+        """Processes without a job; a new one is started while there may be more."""
+        for process in self._processes:
+            if process.job is None:
+                yield process
+        while len(self._processes) < self.workers:
+            process = _Process(self.options, self.work)
+            self._processes.append(process)
+            yield process
+
+
+def _died() -> ValueError:
+    return ValueError("a tokenising process died, most likely killed for memory; try fewer --workers")
+
+
+def _next_segment(tasks: list[_OpenTask], process: _Process | None) -> Segment | None:
+    """Go on with the worker's own task; else begin a new one; else help with the first that has segments left."""
+    own = [each for each in tasks if process is not None and each.task.number == process.task and each.left()]
+    fresh = (each for each in tasks if not each.started and each.left())
+    chosen = own[0] if own else next(fresh, None) or next((each for each in tasks if each.left()), None)
+    if chosen is None:
+        return None
+    if process is not None:
+        process.task = chosen.task.number
+    return chosen.take()

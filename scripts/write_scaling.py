@@ -1,0 +1,133 @@
+"""Writes the tables of docs/scaling.md: the plan's model of both shipped models from 1 to 1,024 GPUs. Nothing is run; some minutes."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from swax_megatron.config import from_dict, load_config, to_dict
+from swax_megatron.model.cost import COSTS, param_count
+from swax_megatron.plan.propose import Proposal, proposals
+from swax_megatron.plan.traffic import Cluster
+from swax_megatron.schema import Config, ModelConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "scaling.md"
+MODELS = {"1.4B": "swax_1p4b.yaml", "7B": "swax_7b.yaml"}
+LENGTHS = (16384, 131072)
+GPUS = (1, 8, 64, 256, 1024)
+EPILOG = """example:
+  python scripts/write_scaling.py
+"""
+
+
+def settings(path: str, length: int, transformer: bool) -> Config:
+    """A shipped model with rows of ``length`` and as many tokens a step; as a Transformer all layers are full attention."""
+    raw = to_dict(load_config(ROOT / "configs" / path))
+    tokens = raw["train"]["global_batch_size"] * raw["data"]["sequence_length"]
+    raw["train"]["global_batch_size"], raw["data"]["sequence_length"] = tokens // length, length
+    raw["parallel"] = {}
+    raw["optimizer"]["overlap_gradients"] = False
+    if transformer:
+        raw["model"]["pattern"] = raw["model"]["pattern"].replace("(MS)", "(FF)")
+    return from_dict(raw)
+
+
+def layout(found: Proposal) -> str:
+    """tensor x pipeline x context x data, and what is recomputed and partitioned."""
+    it = found.layout
+    chunks = f"({it.chunks})" if it.chunks > 1 else ""
+    extra = {"none": "", "selective": ", selective", "full": ", full"}[it.config.train.recompute]
+    return f"{it.tensor}·{it.pipeline}{chunks}·{it.context}·{it.replicas}, Z{it.config.optimizer.zero_stage}{extra}"
+
+
+def scaling_table(path: str, length: int) -> list[str]:
+    lines = [
+        "| GPUs | SWAX: layout | GiB | s a step | tokens/s a GPU | MFU "
+        "| Transformer: layout | GiB | s a step | tokens/s a GPU | with its ring hidden |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for count in GPUS:
+        cluster = Cluster(gpus_per_node=min(8, count))
+        cells = [f"{count:,}"]
+        for transformer in (False, True):
+            found = proposals(settings(path, length, transformer), count, cluster, 1)
+            if not found:
+                cells += ["nothing fits", "", "", ""] + ([] if transformer else [""])
+                cells += [""] if transformer else []
+                continue
+            best = found[0]
+            time, rate = best.duration, best.duration.tokens_per_second / count
+            cells += [layout(best), f"{best.memory.total / 2**30:.0f}", f"{time.total:.2f}", f"{rate:,.0f}"]
+            if transformer:
+                cells.append(f"{rate * time.total / (time.total - time.context / (1 - time.bubble)):,.0f}")
+            else:
+                cells.append(f"{time.mfu:.0%}")
+        lines.append("| " + " | ".join(cells) + " |")
+        print(lines[-1], file=sys.stderr)
+    return lines
+
+
+def all_to_all(model: ModelConfig, kind: str, length: int, width: int, ranks: int) -> float:
+    """Bytes that a rank sends for one row's forward pass when sequence is exchanged for heads and back (Jacobs et al. 2023, "Ulysses")."""
+    if kind == "M":
+        channels = model.mlstm_heads * (2 * model.mlstm_qk_dim + 2 * model.mlstm_v_dim)
+    else:
+        channels = model.attention_head_dim * 2 * (model.attention_heads + model.attention_kv_heads)
+    return width * channels * length / ranks * (ranks - 1) / ranks
+
+
+def bytes_table(path: str, ranks: int) -> list[str]:
+    """MB that the busiest rank sends for one layer and row, forward, by length of the row."""
+    model = load_config(ROOT / "configs" / path).model
+    lines = [
+        "| tokens a row | S, window 2,048 | M | F, ring | S or F, all-to-all | M, all-to-all |",
+        "|---|---|---|---|---|---|",
+    ]
+    for length in (4096, 16384, 65536, 131072, 1048576):
+        ours = [COSTS[kind].context_bytes(model, length, 2048, 2, ranks) for kind in "SMF"]
+        theirs = [all_to_all(model, kind, length, 2, ranks) for kind in "SM"]
+        lines.append(f"| {length:,} | " + " | ".join(f"{value / 1e6:.1f}" for value in [*ours, *theirs]) + " |")
+    return lines
+
+
+def blocks(only_bytes: bool = False) -> dict[str, list[str]]:
+    """Name of a block of the page -> its lines."""
+    found = {f"bytes {name}": bytes_table(path, 8) for name, path in MODELS.items()}
+    if not only_bytes:
+        found |= {f"scaling {name} {length}": scaling_table(path, length) for name, path in MODELS.items() for length in LENGTHS}
+        found["parameters"] = parameters()
+    return found
+
+
+def parameters() -> list[str]:
+    """The sizes of what is compared."""
+    said = []
+    for name, path in MODELS.items():
+        ours, theirs = (param_count(settings(path, LENGTHS[0], each).model) / 1e9 for each in (False, True))
+        said.append(f"{name}: SWAX {ours:.2f} billion, the Transformer {theirs:.2f}")
+    return ["Parameters, " + "; ".join(said) + "."]
+
+
+def fill(text: str, found: dict[str, list[str]]) -> str:
+    """The page with the blocks between their marks replaced."""
+    for name, lines in found.items():
+        mark = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not mark.search(text):
+            raise ValueError(f"{PAGE} has no block '<!-- {name} -->'")
+        text = mark.sub(lambda match, lines=lines: match[1] + "\n" + "\n".join(lines) + "\n\n" + match[2], text)
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), blocks()), encoding="utf-8")
+    print(f"wrote {PAGE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""Put runs side by side: what differs in their configurations, loss curves, windows, throughput, and every evaluation they have.
+
+    python -m swax_megatron.eval.compare runs/w128 runs/w2048 runs/stochastic --out comparisons/windows
+
+A run is a run directory (config.yaml and metrics.jsonl). Its evaluation is what ``python -m swax_megatron.eval RUN --out
+RUN/evaluation`` stored. Written: compare.md, compare.json and PNG plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from swax_megatron.config import load_config, to_dict
+from swax_megatron.eval.plots import line_plot
+from swax_megatron.eval.report import results
+from swax_megatron.eval.units import write_json
+
+IGNORED = ("run_dir", "monitor.", "checkpoint.", "resilience.", "train.threads")  # they do not shape what is learnt
+SMOOTH = 20  # steps of the loss curve's moving mean
+
+
+@dataclass(frozen=True)
+class Run:
+    """config: dotted field -> value; steps: lines of metrics.jsonl in order; evaluation: ``report.results``, or None."""
+
+    name: str
+    config: dict[str, Any]
+    steps: list[dict[str, Any]]
+    evaluation: dict[str, Any] | None
+
+
+def read_run(path: str | Path) -> Run:
+    """Raises ValueError where the folder is no run that has done a step."""
+    folder = Path(path)
+    for name in ("config.yaml", "metrics.jsonl"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is no run directory with steps done: {name} is missing")
+    steps = _complete_lines(folder / "metrics.jsonl")
+    if not steps:
+        raise ValueError(f"{folder}/metrics.jsonl holds no step; compare runs that have trained")
+    stored = folder / "evaluation"
+    evaluation = results(stored) if (stored / "evaluation.json").exists() else None
+    return Run(folder.name, _flat(to_dict(load_config(folder / "config.yaml"))), steps, evaluation)
+
+
+def check_comparable(runs: Sequence[Run]) -> None:
+    """Losses mean the same only over the same tokens: refuse runs with other vocabularies or validation sets."""
+    if len({run.name for run in runs}) < len(runs):
+        raise ValueError(f"runs share a name ({', '.join(run.name for run in runs)}): give folders with different last parts")
+    first = runs[0]
+    for run in runs[1:]:
+        for field in ("model.vocab_size", "data.validation"):
+            if run.config[field] != first.config[field]:
+                raise ValueError(
+                    f"{run.name} and {first.name} cannot be compared: {field} differs ({run.config[field]!r} and {first.config[field]!r})"
+                )
+
+
+def compare(paths: Sequence[str | Path], out: str | Path) -> Path:
+    """Write the comparison into ``out``; returns the path of compare.md."""
+    runs = [read_run(path) for path in paths]
+    check_comparable(runs)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    fields = [name for name in runs[0].config if not name.startswith(IGNORED) and len({repr(run.config.get(name)) for run in runs}) > 1]
+    differences = [[name, *(str(run.config.get(name)) for run in runs)] for name in fields]
+    summary = [[title, *(_shown(function(run)) for run in runs)] for title, function in _SUMMARY]
+    head = ["", *(run.name for run in runs)]
+    lines = ["# Runs side by side", "", "## Configuration", "", *(_table(head, differences) if fields else ["No difference."])]
+    lines += ["", "## Training", "", *_table(head, summary)]
+    lines += _evaluations(runs)
+    plots = _draw(runs, out)
+    lines += ["", *(f"![{path.stem}]({path.name})" for path in plots)]
+    write_json(out / "compare.json", {"runs": [str(path) for path in paths], "configuration": differences, "training": summary})
+    (out / "compare.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return out / "compare.md"
+
+
+def _complete_lines(path: Path) -> list[dict[str, Any]]:
+    """Steps of metrics.jsonl; half a line that a killed run left is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def _last(name: str, count: int = SMOOTH):
+    def value(run: Run) -> float | None:
+        found = [step[name] for step in run.steps if name in step]
+        return statistics.fmean(found[-count:]) if found else None
+
+    return value
+
+
+def _median_speed(run: Run) -> float | None:
+    found = [step["throughput/tokens_per_second_per_device"] for step in run.steps if "throughput/tokens_per_second_per_device" in step]
+    return statistics.median(found) if found else None
+
+
+_SUMMARY = (
+    ("steps", lambda run: run.steps[-1]["step"] + 1),
+    ("tokens seen", lambda run: run.steps[-1].get("data/tokens_seen")),
+    (f"training loss, mean of the last {SMOOTH}", _last("loss/train")),
+    ("validation loss, last", _last("loss/validation", 1)),
+    ("mean window", lambda run: statistics.fmean(step["window/size"] for step in run.steps if "window/size" in step)),
+    ("tokens/s a device, median", _median_speed),
+)
+
+
+def _evaluations(runs: Sequence[Run]) -> list[str]:
+    evaluated = [run for run in runs if run.evaluation]
+    lines: list[str] = []
+    cells = {(e["task"], e["length"]): None for run in evaluated for e in run.evaluation["ruler"]}
+    if cells:
+        scores = [{(e["task"], e["length"]): e["score"] for e in run.evaluation["ruler"]} for run in evaluated]
+        rows = [[f"{task} at {length}", *(_shown(found.get((task, length))) for found in scores)] for task, length in sorted(cells)]
+        lines += ["", "## RULER (%)", "", *_table(["", *(run.name for run in evaluated)], rows)]
+    gaps = {(e["length"], g["from"], g["to"]): None for run in evaluated for e in run.evaluation["recall"] for g in e["by_gap"]}
+    if gaps:
+        found = [{(e["length"], g["from"], g["to"]): g["accuracy"] for e in r.evaluation["recall"] for g in e["by_gap"]} for r in evaluated]
+        rows = [[f"{gap[1]}-{gap[2] - 1} of {gap[0]}", *(_shown(one.get(gap)) for one in found)] for gap in sorted(gaps)]
+        lines += ["", "## Share recalled, by gap", "", *_table(["", *(run.name for run in evaluated)], rows)]
+    return lines
+
+
+def _draw(runs: Sequence[Run], out: Path) -> list[Path]:
+    curves = [(run.name, _smooth([(s["step"], s["loss/train"]) for s in run.steps])) for run in runs]
+    windows = [(run.name, [(s["step"], s["window/size"]) for s in run.steps if "window/size" in s]) for run in runs]
+    drawn = [
+        line_plot(out / "loss.png", curves, "step", f"training loss (nats, mean of {SMOOTH})", log_x=False),
+        line_plot(out / "windows.png", windows, "step", "attention window (tokens)", log_x=False),
+    ]
+    validation = [(run.name, [(s["step"], s["loss/validation"]) for s in run.steps if "loss/validation" in s]) for run in runs]
+    if any(points for _, points in validation):
+        drawn.append(line_plot(out / "validation.png", validation, "step", "validation loss (nats)", log_x=False))
+    evaluated = [run for run in runs if run.evaluation]
+    ruler = [(run.name, _mean_by(run.evaluation["ruler"], "length", "score")) for run in evaluated]
+    recall = [(r.name, [(g["from"], g["accuracy"]) for e in r.evaluation["recall"][:1] for g in e["by_gap"]]) for r in evaluated]
+    position = [
+        (r.name, [(max(1, b["from"]), b["nats"]) for e in r.evaluation["perplexity"][:1] for b in e["by_position"]]) for r in evaluated
+    ]
+    for name, lines, x_label, y_label in (
+        ("ruler.png", ruler, "context length (tokens)", "mean RULER score (%)"),
+        ("recall.png", recall, "gap (tokens)", "share recalled"),
+        ("loss_by_position.png", position, "position in the document (tokens)", "loss (nats)"),
+    ):
+        if any(points for _, points in lines):
+            drawn.append(line_plot(out / name, lines, x_label, y_label))
+    return drawn
+
+
+def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    return [(step, statistics.fmean(y for _, y in points[max(0, i - SMOOTH + 1) : i + 1])) for i, (step, _) in enumerate(points)]
+
+
+def _mean_by(entries: list[dict], key: str, value: str) -> list[tuple[float, float]]:
+    return [(x, statistics.fmean(e[value] for e in entries if e[key] == x)) for x in sorted({e[key] for e in entries})]
+
+
+def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def _shown(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m swax_megatron.eval.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
+    parser.add_argument("--out", required=True, help="folder for the table and the plots")
+    arguments = parser.parse_args(argv)
+    try:
+        if len(arguments.runs) < 2:
+            raise ValueError("give at least two runs to compare")
+        print(compare(arguments.runs, arguments.out))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""The expected time of a step: operations at a share of the peak, bytes over links, the pipeline's bubble.
+
+Assumptions: every layer computes at ``Cluster.efficiency`` of the peak; tensor, pipeline and context transfers are not overlapped with
+computation, the data-parallel ones only where optimizer.overlap_* asks for it (half of a backward pass hides gradients, a forward pass
+hides gathers); ranks lie as Megatron orders them: tensor fastest, then context and data, then pipeline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from swax_megatron.model.cost import COSTS, training_flops
+from swax_megatron.model.pattern import parse_pattern
+from swax_megatron.plan.layout import Layout
+from swax_megatron.plan.traffic import Cluster, context_bytes, data_bytes, pipeline_bytes, tensor_bytes
+
+
+@dataclass(frozen=True)
+class Duration:
+    """Seconds of a step and what they consist of; mean over the windows of the run."""
+
+    compute: float
+    tensor: float
+    pipeline: float
+    context: float
+    data: float  # what is not hidden
+    bubble: float  # share of compute, tensor, pipeline and context time in which the slowest stage waits
+    total: float
+    tokens_per_second: float
+    mfu: float  # model operations (no recomputation) over the peak
+
+
+def duration(layout: Layout, cluster: Cluster) -> Duration:
+    """Of the whole job: the slowest stage sets the pace of all."""
+    found = [(share, _step(layout, cluster, window)) for share, window in layout.windows()]
+    mean = [sum(share * parts[index] for share, parts in found) for index in range(6)]
+    compute, tensor, pipeline, context, data, total = mean
+    config = layout.config
+    tokens = config.train.global_batch_size * config.data.sequence_length
+    kinds = parse_pattern(config.model.pattern)
+    flops = sum(share * training_flops(config.model, config.data.sequence_length, [w] * len(kinds)) for share, w in layout.windows())
+    mfu = flops * tokens / (total * layout.world_size * cluster.peak_tflops * 1e12)
+    return Duration(compute, tensor, pipeline, context, data, bubble(layout), total, tokens / total, mfu)
+
+
+def bubble(layout: Layout) -> float:
+    """Idle slots over all slots: (p - 1) / (v m + p - 1) (Narayanan et al. 2021)."""
+    idle = layout.pipeline - 1
+    return idle / (layout.chunks * layout.microbatches + idle)
+
+
+def _step(layout: Layout, cluster: Cluster, window: int) -> tuple[float, ...]:
+    """compute, tensor, pipeline, context, data and total seconds at one window."""
+    tensor_link = cluster.bandwidth(layout.tensor)
+    context_link = cluster.bandwidth(layout.tensor * layout.context)
+    data_link = cluster.bandwidth(layout.tensor * layout.shards)
+    pipe_link = cluster.bandwidth(layout.tensor * layout.shards * layout.pipeline)
+    slots = layout.microbatches / (1.0 - bubble(layout))
+    worst: tuple[float, ...] = (0.0,) * 6
+    for stage in range(layout.pipeline):
+        layers = sum(len(chunk) for chunk in layout.stage(stage))
+        compute = _seconds(layout, cluster, stage, window)
+        messages = layers * 8 * cluster.latency if layout.tensor > 1 else 0.0
+        tensor = tensor_bytes(layout, stage) / tensor_link + messages
+        pipeline = pipeline_bytes(layout, stage) / pipe_link + 2 * layout.chunks * cluster.latency * (layout.pipeline > 1)
+        rounds = (layout.context - 1).bit_length() * 2 * layers * cluster.latency
+        context = context_bytes(layout, stage, window) / context_link + rounds
+        data = _exposed(layout, data_bytes(layout, stage) / data_link, compute)
+        total = slots * (compute + tensor + pipeline + context) + data
+        if total > worst[-1]:
+            busy = layout.microbatches
+            worst = (busy * compute, busy * tensor, busy * pipeline, busy * context, data, total)
+    return worst
+
+
+def _seconds(layout: Layout, cluster: Cluster, stage: int, window: int) -> float:
+    """Forward and backward of one micro-batch on one rank of a stage, what is recomputed included."""
+    model, length = layout.config.model, layout.config.data.sequence_length
+    passes = {"none": 3.0, "selective": 3.0, "full": 4.0}[layout.config.train.recompute]
+    again = 1.0 if layout.config.train.recompute == "selective" else 0.0
+    flops = 0.0
+    for chunk in layout.stage(stage):
+        for kind in chunk:
+            core = COSTS[kind].core_flops(model, length, window)
+            outside = COSTS[kind].projection_flops(model) + 6.0 * model.hidden_size * model.ffn_hidden_size
+            flops += passes * (core + outside) + again * core
+    if stage == layout.pipeline - 1:
+        flops += 4.0 * 2.0 * model.hidden_size * model.vocab_size  # the loss computes its logits twice
+    return flops * layout.tokens / layout.tensor / (cluster.peak_tflops * 1e12 * cluster.efficiency)
+
+
+def _exposed(layout: Layout, seconds: float, compute: float) -> float:
+    """What of the data-parallel transfers computation does not hide."""
+    settings = layout.config.optimizer
+    level = settings.zero_stage if settings.backend == "zero" else 1
+    passes = layout.microbatches if level >= 2 else 1
+    gathers = layout.width * (2 * passes if level == 3 else 1)
+    gradients = 4.0 * passes / (4.0 * passes + gathers)
+    hidden = 0.0
+    if level == 3:
+        hidden += min((1 - gradients) * seconds, passes * compute / 2)  # DeepSpeed gathers the next module's weights ahead
+    if settings.overlap_gradients:
+        hidden += min(gradients * seconds, passes * compute / 2)
+    if settings.overlap_parameters:
+        hidden += min((1 - gradients) * seconds, compute / 3)
+    return max(0.0, seconds - hidden)

@@ -1,0 +1,155 @@
+"""Bytes on one rank, by part, at the fullest moment of a training step.
+
+Weights, gradients and optimizer state follow from ZeRO's definitions (Rajbhandari et al. 2020) as the backends keep them; activations
+from what each layer kind says of itself (``model/layers/<kind>/cost.py``) and what norms, SwiGLU, residuals and the head keep. Tests
+compare the sum with the tensors of real training steps. What an allocator wastes, NCCL's buffers and the CUDA context come on top.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from swax_megatron.model.cost import COSTS
+from swax_megatron.plan.layout import Layout
+
+BUCKET = 50_000_000  # elements that the backends reduce or gather at a time
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank. ``working``: what exists for a moment: one layer's recomputation and gradients, buckets, the update."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    states: float
+    logits: float
+    working: float
+    host: float = 0.0  # in host memory: offloaded state
+
+    @property
+    def total(self) -> float:
+        """Bytes on the device."""
+        return sum(getattr(self, item.name) for item in fields(self) if item.name != "host")
+
+    @property
+    def resident(self) -> float:
+        """Bytes between two steps."""
+        return self.weights + self.optimizer
+
+
+def memory(layout: Layout, stage: int) -> Memory:
+    """The fullest rank of a pipeline stage, at the largest window of the run."""
+    weights, gradients, optimizer, host, update = _persistent(layout, stage)
+    held = [_chunk(layout, chunk) for chunk in layout.stage(stage)]
+    flying = layout.in_flight(stage)
+    activations = sum(kept * count for (kept, _, _), count in zip(held, flying, strict=True))
+    states = sum(part * count for (_, part, _), count in zip(held, flying, strict=True))
+    passing = max(moment for _, _, moment in held)
+    last = stage == layout.pipeline - 1
+    if stage == 0:
+        activations += 8.0 * layout.tokens * flying[0]
+    logits = 0.0
+    if last:
+        kept, moment = _head(layout)
+        activations += kept
+        logits = moment
+    # the logits of a chunk exist before the first layer's backward pass begins, the update after the last
+    working = max(0.0, max(passing, _received(layout)) - logits)
+    spare = activations + states + logits + working
+    working += max(0.0, update - spare)
+    return Memory(weights, gradients, optimizer, activations, states, logits, working, host)
+
+
+def fullest(layout: Layout) -> tuple[int, Memory]:
+    """The stage that needs most, and what it needs."""
+    found = [(stage, memory(layout, stage)) for stage in range(layout.pipeline)]
+    return max(found, key=lambda pair: pair[1].total)
+
+
+def _persistent(layout: Layout, stage: int) -> tuple[float, float, float, float, float]:
+    """Weights, gradients, optimizer state, its part in host memory, and what the update needs for a moment."""
+    settings, count = layout.config.optimizer, layout.parameters(stage)
+    level = settings.zero_stage if settings.backend == "zero" else 1
+    shards = 1 if level == 0 else layout.shards
+    width, mine = layout.width, count / shards
+    weights = width * (mine if level == 3 else count)
+    gradients = 4.0 * (mine if level >= 2 else count)
+    own = settings.backend == "zero" or width == 2  # Megatron's optimizer works on fp32 weights in place
+    optimizer = (12.0 if own else 8.0) * mine
+    update = _update(layout, level, count, mine)
+    if settings.offload:
+        return weights, gradients, 0.0, optimizer, update
+    return weights, gradients, optimizer, 0.0, update
+
+
+def _update(layout: Layout, level: int, count: float, mine: float) -> float:
+    """The reduced gradients as the optimizer wants them, and a bucket under way."""
+    bucket = 4.0 * min(BUCKET, count) if layout.shards > 1 else 0.0
+    if layout.config.optimizer.backend == "megatron":
+        return 4.0 * mine
+    return bucket + (8.0 if level < 2 else 4.0) * mine
+
+
+def _chunk(layout: Layout, kinds: str) -> tuple[float, float, float]:
+    """Of one micro-batch in one chunk of layers: bytes kept, of them mLSTM states apart, and the largest moment of backward."""
+    recompute, kept, states, moment = layout.config.train.recompute, 0.0, 0.0, 0.0
+    for kind in kinds:
+        whole, core, part = _layer(layout, kind)
+        if recompute == "full":
+            kept += layout.width * layout.config.model.hidden_size * layout.tokens / layout.split
+            moment = max(moment, whole + _gradients(layout))
+        elif recompute == "selective":
+            kept += whole - core
+            moment = max(moment, core + _gradients(layout))
+        else:
+            kept, states = kept + whole - part, states + part
+            moment = max(moment, _gradients(layout))
+    return kept, states, moment
+
+
+def _layer(layout: Layout, kind: str) -> tuple[float, float, float]:
+    """Everything that a layer keeps for one micro-batch, what of it a recomputed core saves, and the states in it."""
+    model, tokens, width = layout.config.model, layout.tokens, layout.width
+    window = max(window for _, window in layout.windows())
+    chunk = layout.config.kernels.mlstm_chunk
+    mixer = COSTS[kind].footprint(model, layout.piece, window, width, layout.kernels, chunk)
+    hidden = model.hidden_size
+    norm = _norm(layout)
+    inputs = width * hidden  # of the projections: whole, since gathered
+    feedforward = 4.0 * width * model.ffn_hidden_size / layout.tensor
+    outside = 2 * norm * tokens / layout.split + (2 * inputs + feedforward + mixer.whole) * tokens
+    inside = tokens / layout.tensor
+    whole = outside + (mixer.core + mixer.output) * inside
+    return whole, max(0.0, mixer.core - mixer.inputs) * inside, mixer.states * inside
+
+
+def _norm(layout: Layout) -> float:
+    """Bytes a token that an RMSNorm keeps: its input, or in plain torch the input and the normed input in fp32."""
+    hidden = layout.config.model.hidden_size
+    return layout.width * hidden + 4.0 if layout.kernels == "triton" else 8.0 * hidden + 4.0
+
+
+def _gradients(layout: Layout) -> float:
+    """Gradients on their way through one layer: the residual's, and the widest of the SwiGLU's."""
+    model = layout.config.model
+    return layout.width * layout.tokens * (2 * model.hidden_size / layout.split + 3 * model.ffn_hidden_size / layout.tensor)
+
+
+def _received(layout: Layout) -> float:
+    """A micro-batch's hidden states from the neighbour stage and their gradient."""
+    if layout.pipeline == 1:
+        return 0.0
+    return 2.0 * layout.width * layout.config.model.hidden_size * layout.tokens / layout.split
+
+
+def _head(layout: Layout) -> tuple[float, float]:
+    """What final norm and loss keep of a micro-batch, and what the logits of a chunk of tokens need for a moment."""
+    model, tokens = layout.config.model, layout.tokens
+    kept = _norm(layout) * tokens / layout.split + layout.width * model.hidden_size * tokens + 16.0 * tokens
+    chunk = min(layout.config.train.loss_chunk or tokens, tokens)
+    logits = (16.0 + layout.width) * chunk * layout.vocabulary
+    several = 4.0 if tokens > chunk else 0.0
+    weight = (several + layout.width) * layout.vocabulary * model.hidden_size
+    return kept, logits + weight + layout.width * tokens * model.hidden_size

@@ -1,0 +1,142 @@
+"""When a run is started again, and when it is not; the supervisor of one machine with real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launcher.policy import Action, Ledger, Limits, Start, decide, fruitless, outcome
+from launcher.supervise import Supervisor
+from swax_megatron.errors import ExitCode
+
+ROOT = Path(__file__).parents[2]
+LIMITS = Limits(restarts=5, patience=3, delay=10.0, longest=25.0)
+
+
+def starts(*steps: int) -> list[Start]:
+    return [Start("job", str(number), step, 0.0) for number, step in enumerate(steps)]
+
+
+@pytest.mark.parametrize(
+    ("codes", "signalled", "expected"),
+    [
+        ([0, 0], False, 0),
+        ([70, 2], False, 2),  # a mistake on one node breaks the connections of the other
+        ([1, 70, 143], False, 1),
+        ([143, 137], False, 137),  # an agent was killed, srun stopped the other
+        ([76, 143], False, 76),
+        ([77, 70], False, 77),
+        ([75, 75], False, 75),
+        ([75, 70], False, 70),
+        ([75, 70], True, 75),  # stopped in time; one rank stumbled on its way out
+        ([138, 143], True, 75),
+        ([143], False, 143),
+    ],
+)
+def test_outcome_of_several_nodes(codes: list[int], signalled: bool, expected: int) -> None:
+    assert outcome(codes, signalled) == expected
+
+
+@pytest.mark.parametrize(
+    ("code", "begun", "now", "slurm", "signalled", "action", "ends", "delay"),
+    [
+        (0, [-1], 8, False, False, Action.FINISH, 0, 0.0),
+        (1, [-1], 8, False, False, Action.STOP, 1, 0.0),
+        (2, [-1], -1, True, False, Action.STOP, 2, 0.0),
+        (70, [-1], 8, False, False, Action.RESTART, 70, 0.0),  # it gained steps: at once
+        (137, [-1], -1, True, False, Action.RESTART, 137, 10.0),  # it gained none: wait, twice as long each time
+        (137, [3, 8, 8], 8, True, False, Action.RESTART, 137, 20.0),
+        (137, [8, 8, 8], 8, True, False, Action.STOP, 137, 0.0),  # starting again does not help
+        (76, [-1, 3], 5, False, False, Action.RESTART, 76, 0.0),
+        (75, [-1], 5, False, True, Action.STOP, 75, 0.0),  # the user told the supervisor
+        (75, [-1], 5, False, False, Action.RESTART, 75, 0.0),  # somebody told the run
+        (75, [-1], 5, True, True, Action.REQUEUE, 75, 0.0),
+        (137, [-1], 5, True, True, Action.REQUEUE, 75, 0.0),  # the time limit came while a rank died
+        (75, [5, 5, 5], 5, True, True, Action.STOP, 75, 0.0),  # an allocation too short to gain a step
+        (77, [-1], 5, True, False, Action.REQUEUE, 77, 0.0),
+        (77, [-1], 5, False, False, Action.STOP, 77, 0.0),
+        (70, [0, 1, 2, 3, 4, 5], 6, False, False, Action.STOP, 70, 0.0),  # five restarts are spent
+    ],
+)
+def test_decisions(code: int, begun: list[int], now: int, slurm: bool, signalled: bool, action: Action, ends: int, delay: float) -> None:
+    found = decide(code, starts(*begun), now, LIMITS, slurm=slurm, signalled=signalled)
+    assert (found.action, int(found.code), found.delay) == (action, ends, delay), found.reason
+
+
+def test_waits_grow_up_to_the_longest() -> None:
+    patient = Limits(restarts=99, patience=9, delay=10.0, longest=25.0)
+    delays = [decide(70, starts(*[4] * count), 4, patient, slurm=False).delay for count in (1, 2, 3, 4)]
+    assert delays == [10.0, 20.0, 25.0, 25.0]
+    assert fruitless(starts(1, 4, 4), 4) == 2 and fruitless(starts(4, 4), 5) == 0
+
+
+def test_the_ledger_survives_a_torn_line_and_keeps_jobs_apart(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "run")
+    ledger.begin("7", "7_0")
+    with ledger.path.open("a") as file:
+        file.write('{"job": "7", "na\n')
+    ledger.begin("8", "8_0")
+    assert [(start.name, start.step) for start in ledger.starts("7")] == [("7_0", -1)]
+    assert [start.name for start in ledger.starts("8")] == ["8_0"]
+
+
+RUN = """
+import sys
+from pathlib import Path
+folder = Path(sys.argv[1])
+count = len(list(folder.glob("start_*")))
+(folder / f"start_{count}").write_text(sys.argv[-1])
+codes = [int(code) for code in sys.argv[2].split(",")]
+sys.exit(codes[min(count, len(codes) - 1)])
+"""
+
+
+@pytest.mark.parametrize(("codes", "ends", "runs"), [("70,137,0", 0, 3), ("1", 1, 1), ("2", 2, 1), ("70", 70, 3), ("75,75,0", 0, 3)])
+def test_the_supervisor_starts_again_or_stops(tmp_path: Path, codes: str, ends: int, runs: int) -> None:
+    supervisor = Supervisor([sys.executable, "-c", RUN, str(tmp_path), codes], tmp_path, Limits(delay=0.01))
+    assert supervisor.run() == ends
+    names = [(tmp_path / f"start_{number}").read_text() for number in range(runs)]
+    assert not (tmp_path / f"start_{runs}").exists()
+    assert names == [supervisor.job, f"{supervisor.job}.1", f"{supervisor.job}.2"][:runs]
+    assert [json.loads(line)["name"] for line in (tmp_path / "starts.jsonl").read_text().splitlines()] == names
+
+
+SUPERVISE = """
+import signal, sys
+from pathlib import Path
+from launcher.policy import Limits
+from launcher.supervise import Supervisor
+worker = '''
+import signal, sys, time
+from pathlib import Path
+def stop(*_):
+    with (Path(sys.argv[1]) / "told").open("a") as file: file.write("x")
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+(Path(sys.argv[1]) / "ready").touch()
+time.sleep(60)
+'''
+supervisor = Supervisor([sys.executable, "-c", worker, sys.argv[1]], Path(sys.argv[1]), Limits())
+signal.signal(signal.SIGTERM, supervisor.stop)
+sys.exit(supervisor.run())
+"""
+
+
+def test_a_signal_to_the_supervisor_stops_the_run_once(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", SUPERVISE, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "ready").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == ExitCode.PREEMPTED
+    assert (tmp_path / "told").read_text() == "x"
+    assert "stop: told to stop; the same command goes on from the newest checkpoint" in process.stderr.read()

@@ -1,0 +1,160 @@
+"""Which nodes are unfit: judged from reports; two real processes that measure each other; what Slurm's words mean."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launcher.checks import Floors, compare
+from launcher.slurm import duration, gpus_of, read_site
+from launcher.sweep import point, read_sweep, write_points
+from tests.workers import free_port
+
+ROOT = Path(__file__).parents[2]
+
+
+def reports(count: int, **broken: Any) -> dict[str, dict[str, Any]]:
+    """Nodes n0, n1, ...; n1 has the given values instead of the usual ones."""
+    usual = {
+        "gpus": 8,
+        "free_gb": {"/scratch": 900.0},
+        "memory_gb": 400.0,
+        "versions": {"torch": "2.11", "driver": "570"},
+        "matmul_tflops": [700.0] * 8,
+        "bandwidth": 40.0,
+        "skew": 0.01,
+        "faults": [],
+        "network_faults": [],
+    }
+    return {f"n{index}": {**usual, **(broken if index == 1 else {})} for index in range(count)}
+
+
+@pytest.mark.parametrize(
+    ("broken", "floors", "said"),
+    [
+        ({"gpus": 7, "matmul_tflops": [700.0] * 7}, {}, "7 GPUs, 8 expected"),
+        ({"faults": ["GPU 3: 2 uncorrected memory errors (ECC)"]}, {}, "GPU 3: 2 uncorrected memory errors"),
+        ({"free_gb": {"/scratch": 0.5}}, {}, "0.5 GB free in /scratch, at least 2 wanted"),
+        ({"memory_gb": 0.2}, {}, "0.2 GB of free memory"),
+        ({"skew": -30.0}, {}, "its clock is -30.0 s off"),
+        ({"versions": {"torch": "2.10", "driver": "570"}}, {}, "torch 2.10, other nodes have 2.11"),
+        ({"matmul_tflops": [700.0] * 7 + [500.0]}, {}, "a matrix product reaches 500 TFLOP/s, 71% of the median of 4 nodes"),
+        ({"bandwidth": 20.0}, {}, "all-reduce with its neighbours reaches 20 GB/s, 50% of the median"),
+        ({"bandwidth": None, "network_faults": ["no all-reduce with node number 0 (timed out)"]}, {}, "no all-reduce with node number 0"),
+        ({"bandwidth": 39.0}, {"min_bandwidth": 39.5}, "reaches 39 GB/s, at least 39.5 wanted"),
+    ],
+)
+def test_an_unfit_node_is_named_with_its_reason(broken: dict[str, Any], floors: dict[str, float], said: str) -> None:
+    found = compare(reports(4, **broken), [f"n{index}" for index in range(4)], Floors(**floors))
+    assert list(found) == ["n1"] and said in "; ".join(found["n1"])
+
+
+def test_below_four_nodes_only_floors_count() -> None:
+    slow = reports(3, matmul_tflops=[100.0] * 8, bandwidth=1.0)
+    names = ["n0", "n1", "n2"]
+    assert compare(slow, names, Floors()) == {}
+    assert list(compare(slow, names, Floors(min_matmul=400.0))) == ["n1"]
+    assert list(compare(slow, names, Floors(min_gpus=9))) == names
+
+
+def test_a_silent_node_is_named() -> None:
+    assert list(compare(reports(3), ["n0", "n1", "n2", "n3"], Floors())) == ["n3"]
+
+
+def test_a_first_node_that_nobody_reaches_is_the_one_to_blame() -> None:
+    known = reports(4)
+    for node in ("n1", "n2", "n3"):
+        known[node] |= {"bandwidth": None, "reached": False, "network_faults": ["cannot reach the first node"]}
+    names = ["n0", "n1", "n2", "n3"]
+    assert compare(known, names, Floors()) == {"n0": ["no other node could reach it"]}
+    assert list(compare(reports(4, reached=False, network_faults=["cannot reach the first node"]), names, Floors())) == ["n1"]
+
+
+def test_two_nodes_measure_each_other(tmp_path: Path) -> None:
+    """Real processes: both report a bandwidth and clocks that agree; a site's check that fails on one makes it unfit."""
+    check = tmp_path / "check"
+    check.write_text('#!/bin/sh\n[ "$SLURMD_NODENAME" = a ] || { echo fan broken; exit 3; }\n')
+    check.chmod(0o755)
+    store, folder = f"localhost:{free_port()}", tmp_path / "reports"
+    command = [sys.executable, "-m", "launcher.preflight"]
+    measure = [*command, "measure", "--reports", folder, "--nodes", "2", "--store", store, "--timeout", "60", "--folder", tmp_path / "new"]
+    usual = {**os.environ, "SWAX_NODE_CHECK": str(check), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    nodes = [
+        subprocess.Popen(measure, cwd=ROOT, env={**usual, "SLURM_NODEID": str(rank), "SLURMD_NODENAME": name})
+        for rank, name in enumerate("ab")
+    ]
+    assert [node.wait(timeout=200) for node in nodes] == [0, 0]
+    for name in "ab":
+        report = json.loads((folder / f"{name}.json").read_text())
+        assert report["bandwidth"] > 0 and abs(report["skew"]) < 1.0 and report["matmul_tflops"][0] > 0
+    done = subprocess.run([*command, "judge", "--reports", folder, "--expect", "a,b"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (77, "b\n")
+    assert "preflight: a: fit (" in done.stderr and "preflight: b: SWAX_NODE_CHECK ended with 3: fan broken" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("30:15", 1815), ("2:00:00", 7200), ("1-12", 129600), ("2-00:30:05", 174605), ("infinite", None)],
+)
+def test_times_of_slurm(text: str, seconds: int | None) -> None:
+    assert duration(text) == seconds
+
+
+@pytest.mark.parametrize(("gres", "gpus"), [("(null)", 0), ("gpu:8", 8), ("gpu:h100:4(S:0-1),nvme:1", 4), ("gpu:a:2,gpu:b:2", 4)])
+def test_gpus_of_a_node(gres: str, gpus: int) -> None:
+    assert gpus_of(gres) == gpus
+
+
+def test_a_site_file_is_read_with_its_words_where_it_fails(tmp_path: Path) -> None:
+    site = tmp_path / "site.sh"
+    site.write_text('export SWAX_SCRATCH="/local disk"\nexport SBATCH_ACCOUNT=me\n')
+    found = read_site(site)
+    assert (found["SWAX_SCRATCH"], found["SBATCH_ACCOUNT"]) == ("/local disk", "me")
+    site.write_text("export X=$NOT_SET_ANYWHERE\n")
+    with pytest.raises(ValueError, match="NOT_SET_ANYWHERE"):
+        read_site(site)
+    assert read_site(ROOT / "slurm" / "site.example.sh")["SWAX_SCRATCH"] == "/tmp"
+
+
+def test_the_points_of_a_sweep(tmp_path: Path) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text(yaml.safe_dump({"run_dir": str(tmp_path / "runs")}))
+    path = tmp_path / "sweep.yaml"
+    grid = {"window.windows": [[8], [8, 16]], "optimizer.learning_rate": [1e-3, 2e-3]}
+    path.write_text(yaml.safe_dump({"base": str(base), "grid": grid}, sort_keys=False))
+    sweep = read_sweep(path, ["train.steps=5"])
+    assert len(sweep.points) == 4 and sweep.concurrent is None
+    assert sweep.points[3] == [
+        "train.steps=5",
+        "window.windows=[8, 16]",
+        "optimizer.learning_rate=0.002",
+        f"run_dir={tmp_path}/runs/003_windows=8-16_learning_rate=0.002",
+    ]
+    assert point(f"{write_points(sweep, 'now')}:3") == sweep.points[3]
+    with pytest.raises(ValueError, match="submit the sweep again"):
+        point(f"{tmp_path}/runs/sweep_now.json:4")
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"grid": {"a": [1]}}, "give base"),
+        ({"base": "x.yaml", "grid": {}}, "at least one field"),
+        ({"base": "x.yaml", "grid": {"train.steps": 5}}, "list of values"),
+        ({"base": "x.yaml", "grid": {"run_dir": ["a"]}}, "grid.run_dir"),
+        ({"base": "x.yaml", "grid": {"train.steps": [1]}, "concurrent": 0}, "concurrent=0"),
+        ({"base": "x.yaml", "grid": {"train.steps": [1]}, "overrides": ["train.steps"]}, "overrides: must be a list"),
+    ],
+)
+def test_a_sweep_that_is_none(tmp_path: Path, raw: dict[str, Any], message: str) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(ValueError, match=message):
+        read_sweep(path, [])
