@@ -47,9 +47,9 @@ def resumed_logits(raw: dict[str, Any], tokens: list[list[int]]) -> list[list[li
             return logits_sbv, lambda output: (output.float().mean(), {"logits": output.detach().clone()})
 
         with torch.no_grad():
-            reports = pipeline_schedule(
-                trainer.backend.chunks, forward_step, [batch], rows=len(rows), sequence_length=rows.shape[1] // groups.context_size, backward=False
-            )
+            length = rows.shape[1] // groups.context_size
+            chunks = trainer.backend.chunks
+            reports = pipeline_schedule(chunks, forward_step, [batch], rows=len(rows), sequence_length=length, backward=False)
         if not reports:
             return None
         logits_sbv = reports[0]["logits"].contiguous()
