@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from data_prep import shard, tokenizer
 from swax_megatron.hf import export, import_
@@ -104,14 +105,13 @@ def test_an_import_is_resumed_by_the_launcher_at_any_layout(text_data: Path, tmp
     raw = configuration(text_data, tmp_path / "run", {}, model)
     trained = workers(1).run(runs.train, raw)[0]["loss/train"]
     assert export.main(["--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "export")]) == 0
-    losses = {}
     for name in ("alone", "wide"):
         raw = configuration(text_data, tmp_path / name, {}, {})
         raw |= {"train": {**raw["train"], "steps": 3, "data_seed": 5}, "checkpoint": {"interval": 3}}
         del raw["model"]
         (tmp_path / f"{name}.json").write_text(json.dumps(raw))  # JSON is YAML
         assert import_.main(["--model", str(tmp_path / "export"), "--config", str(tmp_path / f"{name}.json")]) == 0
-    raw["run_dir"], raw["model"] = str(tmp_path / "alone"), {**configuration(text_data, tmp_path, {}, model)["model"]}
+    raw = yaml.safe_load((tmp_path / "alone" / "config.yaml").read_text())
     alone = workers(1).run(runs.train, raw)[0]
     assert alone["first_step"] == [0.0]
     command = [sys.executable, "-m", "launcher.run", str(tmp_path / "wide" / "config.yaml"), "parallel.tensor=2", "parallel.sequence=true"]
