@@ -32,7 +32,7 @@ demo: $(environment) ## text in, distributed training with a kill and a resume, 
 test: $(environment) ## the tests (minutes)
 	$(python) -m pytest -n $(workers) $(usual) tests/unit
 	$(python) -m pytest $(usual) tests/parallel tests/resume
-	$(python) -m pytest $(usual) tests/slurm
+	$(python) -m pytest $(usual) tests/faults tests/slurm
 
 test-matrix: $(environment) ## a cover of all supported parallel layouts against one process (eight processes at most)
 	$(python) -m pytest -m matrix

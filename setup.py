@@ -34,7 +34,7 @@ REQUIREMENTS = [
     "einops>=0.8",  # megatron-core imports it and does not declare it
     "psutil>=5.9",
     "packaging>=24.2",
-    "fsspec[http]>=2024.6",  # remote data sets; object stores need their own package, e.g. the extra s3
+    "fsspec[http]>=2024.6",  # remote data sets and copies of checkpoints; object stores need their own package, e.g. the extra s3
     "setuptools",  # TensorBoard and torch's C++ extensions import it at run time
     "ninja",
     'triton>=3.4; python_version >= "3.12"',  # megatron-core 0.18 and later import it
@@ -44,9 +44,12 @@ EVALUATION = ["wonderwords==3.0.1", "matplotlib>=3.8,<4"]  # RULER's word lists,
 EXTRAS = {
     "test": [*EVALUATION, "accelerate>=1.1", "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9"],
     "kernels": [TRITON],
+    "fast": ["gigatoken>=0.10,<0.11"],  # encodes several times faster than sentencepiece, the same ids
+    "show": ["matplotlib>=3.8,<4"],
     "eval": [*EVALUATION, "lm_eval>=0.4.9,<0.5"],
     "s3": ["s3fs>=2024.6"],
 }
+EXTRAS["test"] += EXTRAS["fast"]
 
 
 def version() -> str:

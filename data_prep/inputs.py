@@ -143,7 +143,7 @@ def _list_remote(url: str, source: Source) -> list[Input]:
     try:
         import fsspec
     except ImportError as error:
-        raise ValueError(f"input {url} needs fsspec: pip install fsspec, and what it needs for this kind of URL") from error
+        raise ValueError(f"input {url} needs fsspec, and the package for this kind of URL: pip install fsspec") from error
     try:
         system, path = fsspec.core.url_to_fs(url)
         if not url.endswith("/"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from swax_megatron.data.shards import ShardedDataset
 from swax_megatron.data.statistics import unigram_entropy
 from swax_megatron.randomness import integer
 
-EPILOG = "example:\n  python data_prep/show.py data/web --samples 3 --characters 400"
+EPILOG = "example:\n  python data_prep/show.py data/web --samples 3 --characters 400 --png lengths.png"
 _BAR = 50
 
 
@@ -32,18 +33,51 @@ def histogram(lengths: np.ndarray) -> str:
     return "\n".join(lines)
 
 
-def describe(folder: Path, samples: int, characters: int, seed: int, entropy: bool) -> None:
+def plot(datasets: Sequence[ShardedDataset], path: Path) -> None:
+    """Write a PNG: documents and tokens by the length of the document, a curve for each data set."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("--png needs matplotlib: pip install 'swax_megatron[show]'") from error
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, weigh, title in zip(figure.subplots(2, 1, sharex=True), (False, True), ("documents", "tokens"), strict=True):
+        for dataset in datasets:
+            lengths = all_lengths(dataset)
+            edges = np.logspace(0, np.log10(lengths.max() + 1), 80)
+            share = np.full(len(lengths), 1 / len(lengths)) if not weigh else lengths / lengths.sum()
+            axes.hist(lengths, bins=edges, weights=100 * share, histtype="step", label=str(dataset.path))
+        axes.set_xscale("log")
+        axes.set_ylabel(f"% of {title}")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    axes.set_xlabel("length of the document in tokens, EOS included")
+    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    figure.savefig(aside, format="png", dpi=120)
+    os.replace(aside, path)
+
+
+def all_lengths(dataset: ShardedDataset) -> np.ndarray:
+    """Tokens of every document in stored order: (D,) int64."""
+    return np.concatenate([dataset.index(number).lengths for number in range(len(dataset.shards))])
+
+
+def describe(dataset: ShardedDataset, samples: int, characters: int, seed: int, entropy: bool) -> None:
     """Print one data set."""
-    dataset = ShardedDataset(folder)
     processor = load_tokenizer(dataset.tokenizer_path)
-    lengths = np.concatenate([dataset.index(number).lengths for number in range(len(dataset.shards))])
-    print(f"{folder}: {dataset.documents} documents, {dataset.tokens} tokens ({dataset.dtype.name}) in {len(dataset.shards)} shards")
+    print(f"{dataset.path}: {dataset.documents} documents, {dataset.tokens} tokens ({dataset.dtype.name}) in {len(dataset.shards)} shards")
     if dataset.text_bytes:
         print(f"{dataset.text_bytes} bytes of text, {dataset.tokens / dataset.text_bytes:.4f} tokens a byte, EOS included")
-    print(f"tokenizer {dataset.tokenizer_sha256[:12]}, {dataset.vocab_size} ids; skipped: {dataset.manifest.get('skipped', {})}")
+    for source in dataset.manifest.get("sources", []):
+        if source.get("text_bytes"):
+            share = f"{source['documents']} documents, {source['tokens'] / source['text_bytes']:.4f} tokens a byte"
+            print(f"  {source['name']}: {share}, {100 * source['tokens'] / dataset.tokens:.1f} % of the tokens")
+    skipped = {reason: count for reason, count in dataset.manifest.get("skipped", {}).items() if count}
+    print(f"tokenizer {dataset.tokenizer_sha256[:12]}, {dataset.vocab_size} ids; skipped: {skipped or 'none'}")
     if entropy:
         print(f"unigram entropy {unigram_entropy(dataset):.4f} nats a token")
-    print(histogram(lengths))
+    print(histogram(all_lengths(dataset)))
     ends = np.cumsum(dataset.shard_documents)
     for sample in range(samples):
         number = integer("show", seed, sample) % dataset.documents
@@ -56,8 +90,12 @@ def describe(folder: Path, samples: int, characters: int, seed: int, entropy: bo
 
 def command(args: argparse.Namespace) -> None:
     """Print every data set in the folder."""
-    for folder in data_sets(args.folder):
-        describe(folder, args.samples, args.characters, args.seed, args.entropy)
+    datasets = [ShardedDataset(folder) for folder in data_sets(args.folder)]
+    for dataset in datasets:
+        describe(dataset, args.samples, args.characters, args.seed, args.entropy)
+    if args.png:
+        plot(datasets, Path(args.png))
+        print(f"lengths drawn in {args.png}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, default=3, help="documents to print (default %(default)s)")
     parser.add_argument("--characters", type=cli.positive, default=400, help="characters of each (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which documents (default %(default)s)")
+    parser.add_argument("--png", metavar="FILE", help="draw the lengths of the documents")
     parser.add_argument("--entropy", action="store_true", help="also print the unigram entropy (reads every shard)")
     return parser
 

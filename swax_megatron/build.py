@@ -9,6 +9,7 @@ from swax_megatron.callbacks.checkpoint import Checkpoints
 from swax_megatron.callbacks.fault import Fault
 from swax_megatron.callbacks.goodput import Goodput
 from swax_megatron.callbacks.guard import SpikeGuard
+from swax_megatron.callbacks.memory import Memory
 from swax_megatron.callbacks.metrics import Metrics
 from swax_megatron.callbacks.stragglers import Stragglers
 from swax_megatron.callbacks.validation import Validation
@@ -36,6 +37,8 @@ def build_trainer(
     backend = build_optimizer(config, build_model(config, groups), groups)
     checkpoints = Checkpoints(config.run_dir)
     metrics: list[Callback] = [SpikeGuard(checkpoints), Stragglers(), Goodput(), Metrics(config.run_dir)]
+    if config.monitor.memory_interval:
+        metrics.insert(0, Memory())
     if config.validation.interval:
         metrics.insert(0, Validation(build_mixture(config, config.data.validation, "validation", config.validation.seed, tokenizer)))
     callbacks = [*metrics, checkpoints, Watch()]

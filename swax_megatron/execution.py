@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,8 +32,8 @@ class Pass:
 class Totals:
     """Over the whole global batch, equal on every rank but for ``busy``. loss: nats per unmasked target.
 
-    busy: seconds from the ranks' meeting at the start to where this rank was done with forward and backward. Ranks of one
-    copy of the model wait for each other in it, copies (data parallelism) do not.
+    busy: this rank's seconds in forward passes. What waits for other ranks lies outside, but for collectives of a layer
+    (tensor parallelism, ZeRO stage 3): backward and what follows it may reduce gradients.
     """
 
     loss: float
@@ -52,12 +53,14 @@ def run_microbatches(job: Pass, batches: Sequence[Batch], *, backward: bool) -> 
     mine = torch.stack([batch.loss_mask_bt.sum() for batch in batches]).sum()
     targets = mine.clone()
     dist.all_reduce(targets, group=groups.data)
-    started = time.perf_counter()
+    clock = _Clock(device)
     scale = len(batches) * groups.data_size / targets.clamp(min=1.0)
 
     def forward_step(iterator: object, chunk: nn.Module) -> tuple[Tensor, Callable]:
         batch: Batch = next(iterator)
+        clock.start()
         output = chunk(batch.inputs_bt, sequence_context(batch, job.windows, groups.context), batch.targets_bt)
+        clock.stop()
 
         def loss_function(losses_lbt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             entropy = (losses_lbt[0] * batch.loss_mask_bt).sum()
@@ -75,10 +78,29 @@ def run_microbatches(job: Pass, batches: Sequence[Batch], *, backward: bool) -> 
         backward=backward,
     )
     summed = torch.stack([report["loss"] for report in reports]).sum() if reports else torch.zeros((), device=device)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # reading the loss below waits for the same work
-    busy = time.perf_counter() - started
-    return replace(_reduce(summed, mine, targets, groups, on_last_stage=bool(reports)), busy=busy)
+    totals = _reduce(summed, mine, targets, groups, on_last_stage=bool(reports))  # reading the loss waits for the device
+    return replace(totals, busy=clock.seconds())
+
+
+class _Clock:
+    """Adds up intervals on the CPU, or between events of a GPU's stream, which are read once the device is done with them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[Any] = []
+
+    def start(self) -> None:
+        if self._cuda:
+            self._marks.append(torch.cuda.Event(enable_timing=True))
+            self._marks[-1].record()
+        else:
+            self._marks.append(time.perf_counter())
+
+    stop = start  # marks come in pairs
+
+    def seconds(self) -> float:
+        pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
+        return sum(begin.elapsed_time(end) / 1000 if self._cuda else end - begin for begin, end in pairs)
 
 
 def _reduce(summed: Tensor, mine: Tensor, targets: Tensor, groups: Groups, *, on_last_stage: bool) -> Totals:

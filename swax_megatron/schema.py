@@ -223,6 +223,9 @@ class MonitorConfig:
     """What is reported."""
 
     log_interval: int = _f(10, "steps between progress lines; TensorBoard and metrics.jsonl get every step")
+    memory_interval: int = _f(
+        0, "steps between measurements of every head's memory: horizon, gates, state, attention (docs/evaluation.md); 0: never"
+    )
     peak_tflops: float | None = _f(
         None, "dense peak of one device for MFU, TFLOP/s; null: known GPUs by name, a measured matrix product elsewhere"
     )

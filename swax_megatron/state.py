@@ -35,7 +35,7 @@ class Proposal:
 
 @dataclass
 class StepResult:
-    """What one update did. ``metrics`` holds its scalars by TensorBoard name; callbacks add to it."""
+    """What one update did. ``metrics`` and ``histograms`` hold its values by TensorBoard name; callbacks add to them."""
 
     step: int
     windows: tuple[int, ...]  # of every layer
@@ -44,4 +44,5 @@ class StepResult:
     tokens: int
     metrics: dict[str, float] = field(default_factory=dict)
     data_wait: float = 0.0  # this rank's seconds until it had its rows
-    busy: float = 0.0  # this rank's seconds of forward and backward before it met the others
+    busy: float = 0.0  # this rank's seconds in forward passes
+    histograms: dict[str, list[float]] = field(default_factory=dict)

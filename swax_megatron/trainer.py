@@ -60,6 +60,8 @@ class Trainer:
             self._fit()
         finally:
             self.progress.enter(OVER, self.state.step)
+            self.feed.close()
+            self.backend.close()
 
     def _fit(self) -> None:
         self.record("resume", step=self.state.step)
@@ -71,7 +73,6 @@ class Trainer:
                 self.progress.enter("callbacks", result.step)
                 callback.after_step(self, result)
             self.progress.enter("agreement", result.step)
-        self.feed.close()
         self.progress.enter("end", self.state.step)
         if self.stop.agreed:
             self.record("signal", reason=self.stop.reason, step=self.state.step)

@@ -35,6 +35,7 @@ class Checkpoints(Callback):
         self.saved_step = -1
         self._saver: BackgroundSaver | None = None
         self._remote: Remote | None = None
+        self._blocked = 0.0  # seconds that the newest background save made training wait
         self._copy_failed = False  # of the newest checkpoint, to the remote place
 
     def resume(self, trainer: Trainer) -> bool:
@@ -80,9 +81,11 @@ class Checkpoints(Callback):
         if self._saver is not None and self._saver.in_flight:
             started = time.perf_counter()
             self._saver.copied()
+            waited = time.perf_counter() - started
+            self._blocked += waited
             blocked = trainer.late_metrics.get("time/checkpoint_blocking")
             if blocked is not None:  # this step follows the save: its metrics tell the whole time
-                trainer.late_metrics["time/checkpoint_blocking"] = blocked + time.perf_counter() - started
+                trainer.late_metrics["time/checkpoint_blocking"] = blocked + waited
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         interval = trainer.config.checkpoint.interval
@@ -127,7 +130,11 @@ class Checkpoints(Callback):
         }
 
         def then(path: Path, ranks: Any) -> None:
-            trainer.record("saved", step=state.step, seconds=round(time.perf_counter() - started, 4))
+            whole = round(time.perf_counter() - started, 4)
+            if wait:
+                trainer.record("saved", step=state.step, seconds=whole)
+            else:  # seconds: what training waited
+                trainer.record("saved", step=state.step, seconds=round(self._blocked, 4), background=whole)
             self._keep(path, ranks, config)
 
         if wait:
@@ -137,7 +144,10 @@ class Checkpoints(Callback):
         else:
             if self._saver is None:
                 self._saver = BackgroundSaver(config.train.distributed_timeout)
+            self.finish(trainer)
+            self._blocked = 0.0
             self._saver.start(self.root, state.step, trainer.backend.fragments(saving=True), then=then, **arguments)
+            self._blocked += time.perf_counter() - started
         self.saved_step = state.step
 
     def finish(self, trainer: Trainer) -> None:

@@ -76,6 +76,7 @@ class SpikeGuard(Callback):
                 f"{streak} and the run went back {len(state.guard.rewinds)} times already "
                 f"(resilience.max_rewinds={settings.max_rewinds}). Look at events.jsonl and the data; then lower optimizer.learning_rate"
             )
+        self.checkpoints.finish(trainer)  # a save in flight may be the one to go back to
         first_bad = step + 1 - state.guard.streak(step)
         target = [self._target(state.guard.rewinds, first_bad) if groups.rank == 0 else None]
         dist.broadcast_object_list(target, src=0, group=groups.cpu)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -87,6 +88,8 @@ class Metrics(Callback):
         )
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, result.step)
+        for name, values in result.histograms.items():
+            self.writer.add_histogram(name, np.array(values), result.step)
         self.lines.write(json.dumps({"step": result.step, **metrics}) + "\n")
         self.lines.flush()
         last = result.step + 1 == config.train.steps

@@ -1,8 +1,8 @@
 """Which rank is slow: the ranks' own times, compared every so many steps.
 
-All ranks end a step together, so its duration tells nothing. A rank's own time is what it takes to its first meeting with
-the others (reading data) and from there to the end of forward and backward. Copies of the model (data parallelism) do not
-wait for each other in it; ranks of one copy do, so a slow rank makes its whole copy look slow: it is reported as such.
+All ranks end a step together, so its duration tells nothing. A rank's own time is what it takes until it has its rows, and
+what its forward passes take: backward and what follows may wait for others. Stages of a pipeline and copies of the model do not
+wait in a forward pass; tensor-parallel ranks do, so a slow one makes its whole group look slow: it is reported as such.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ RUN/evaluation`` stored. Written: compare.md, compare.json and PNG plots.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from swax_megatron.config import load_config, to_dict
 from swax_megatron.eval.plots import line_plot
 from swax_megatron.eval.report import results
 from swax_megatron.eval.units import write_json
+from swax_megatron.report import read_metrics
 
 IGNORED = ("run_dir", "monitor.", "checkpoint.", "resilience.", "train.threads")  # they do not shape what is learnt
 SMOOTH = 20  # steps of the loss curve's moving mean
@@ -42,7 +42,7 @@ def read_run(path: str | Path) -> Run:
     for name in ("config.yaml", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is no run directory with steps done: {name} is missing")
-    steps = _complete_lines(folder / "metrics.jsonl")
+    steps = read_metrics(folder)
     if not steps:
         raise ValueError(f"{folder}/metrics.jsonl holds no step; compare runs that have trained")
     stored = folder / "evaluation"
@@ -81,17 +81,6 @@ def compare(paths: Sequence[str | Path], out: str | Path) -> Path:
     write_json(out / "compare.json", {"runs": [str(path) for path in paths], "configuration": differences, "training": summary})
     (out / "compare.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return out / "compare.md"
-
-
-def _complete_lines(path: Path) -> list[dict[str, Any]]:
-    """Steps of metrics.jsonl; half a line that a killed run left is left out."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return lines
 
 
 def _last(name: str, count: int = SMOOTH):

@@ -81,7 +81,7 @@ class _Sums:
 def _documents(dataset: ShardedDataset) -> Iterator[np.ndarray]:
     """Ids of every document in stored order."""
     for shard in range(len(dataset.shards)):
-        for number in range(len(dataset.shard(shard).lengths)):
+        for number in range(len(dataset.index(shard).lengths)):
             yield dataset.document(shard, number)
 
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swax_megatron.data.shards import ShardedDataset
-from swax_megatron.eval.memory import Report, attention_use, mlstm_memory, report_attention, report_mlstm
 from swax_megatron.eval.model import Progress, Subject
 from swax_megatron.hf.modeling_swax import SwaxAttention, SwaxForCausalLM, SwaxMLSTM, rotate
+from swax_megatron.model.memory import Report, attention_use, mlstm_memory, report_attention, report_mlstm
 
 
 def memory_statistics(subject: Subject, dataset: ShardedDataset, documents: int, length: int, progress: Progress) -> dict[str, Any]:
@@ -76,6 +76,6 @@ def probed(model: SwaxForCausalLM, report: Report) -> Iterator[None]:
 
 def _long_documents(dataset: ShardedDataset, length: int) -> Iterator[Any]:
     for shard in range(len(dataset.shards)):
-        for number, size in enumerate(dataset.shard(shard).lengths):
+        for number, size in enumerate(dataset.index(shard).lengths):
             if size >= length // 2:
                 yield dataset.document(shard, number)[:length]

@@ -44,6 +44,9 @@ class OptimizerBackend(Protocol):
     def loaded(self, updates: int) -> None:
         """After the fragments were filled: set the optimizer's step count, bring the model's weights up to date."""
 
+    def close(self) -> None:
+        """Let go of the model: what is hooked into its backward passes would keep the groups and their threads alive."""
+
 
 @dataclass(frozen=True)
 class Piece:

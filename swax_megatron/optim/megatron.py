@@ -81,6 +81,9 @@ class MegatronBackend:
     def discard(self) -> None:
         self._forget_gradients()
 
+    def close(self) -> None:
+        """Megatron's hooks go with the model."""
+
     def fragments(self, *, saving: bool) -> list[Fragment]:
         pieces = []
         for optimizer in self._partitioned():

@@ -162,6 +162,9 @@ class ZeroBackend:
         self._forget_partitions()
         self._zero.zero_grad(set_to_none=True)
 
+    def close(self) -> None:
+        self._zero.destroy()
+
     def _norm(self) -> Tensor:
         """The global norm of the reduced gradients (a collective)."""
         return self._zero.scaled_global_norm()

@@ -81,7 +81,7 @@ def test_a_hang(
 
 
 def test_a_slow_rank_is_named(whole: Path, corpus: Path, tmp_path: Path, workers: Any) -> None:
-    raw = faulty(corpus, tmp_path / "run", "slow", fault_step=2, fault_steps=4, fault_seconds=0.5, straggler_interval=4)
+    raw = faulty(corpus, tmp_path / "run", "slow", fault_step=1, fault_steps=3, fault_seconds=1.5, straggler_interval=4)
     workers(2).run(runs.train, raw)
     (first, *_) = jobs.events(tmp_path / "run", "straggler")
     assert first["step"] == 3 and list(first["ranks"]) == ["1"] and first["ratio"] > 1.3
@@ -118,7 +118,7 @@ def test_documented_stops(name: str, whole: Path, tmp_path: Path, workers: Any) 
         job.until_step(0)
         away = tmp_path / "away"
         away.mkdir()
-        for shard in (data / "a").glob("*.idx"):
+        for shard in (data / "a").glob("*.tar"):
             shutil.move(shard, away / shard.name)
     assert job.ended() == ExitCode.RUN_ERROR, job.text()[-3000:]
     assert sentence in job.text()

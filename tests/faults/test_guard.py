@@ -52,6 +52,8 @@ def nan(corpus: Path, run_dir: Path, **sections: Any) -> dict[str, Any]:
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "DP2 ZeRO": {"optimizer": {"backend": "zero"}},
+    "DP2 ZeRO stage 2": {"optimizer": {"backend": "zero", "zero_stage": 2}},
+    "DP2 ZeRO stage 3 bf16": {"optimizer": {"backend": "zero", "zero_stage": 3}, "train": {"precision": "bf16"}},
     "DP2 Megatron's optimizer bf16": {"train": {"precision": "bf16"}},
     "TP2 SP ZeRO bf16": {"optimizer": {"backend": "zero"}, "parallel": {"tensor": 2}, "train": {"precision": "bf16"}},
     "PP2 Megatron's optimizer": {"parallel": {"pipeline": 2}},

@@ -34,8 +34,13 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "CP2 PP2 interleaved, far": (4, {"parallel": {**CP2, "pipeline": 2, "virtual_pipeline": 2}, **FAR}),
     "CP2 DP2 ZeRO-1": (4, {"parallel": CP2}),
+    "CP2 ZeRO-3, recompute full": (2, {"parallel": CP2, "optimizer": {"zero_stage": 3}, "train": FULL}),
 }
 MATRIX: dict[str, tuple[int, dict[str, Any]]] = {
+    "CP2 ZeRO-2, microbatches of 2": (2, {"parallel": CP2, "optimizer": {"zero_stage": 2}, "train": {"micro_batch_size": 2}}),
+    "CP2 DP2 ZeRO-2, reduced under way": (4, {"parallel": CP2, "optimizer": {"zero_stage": 2, "overlap_gradients": True}}),
+    "CP2 TP2 SP ZeRO-3, far": (4, {"parallel": {**CP2, "tensor": 2}, "optimizer": {"zero_stage": 3}, **FAR}),
+    "CP2 DP2 ZeRO-0": (4, {"parallel": CP2, "optimizer": {"zero_stage": 0}}),
     "CP2, microbatches of 2": (2, {"parallel": CP2, "train": {"micro_batch_size": 2}}),
     "CP2, Megatron's optimizer, far, recompute selective": (2, {"parallel": CP2, "optimizer": MEGATRON, "train": SELECTIVE, **FAR}),
     "CP4, Megatron's optimizer": (4, {"parallel": CP4, "optimizer": MEGATRON}),

@@ -89,3 +89,22 @@ def test_the_console(corpus: Path, tmp_path: Path) -> None:
         assert part in last
     for word in ("Traceback", "Error", "Warning"):
         assert word not in text, text
+
+
+def test_memory_of_every_head_whatever_the_layout(corpus: Path, tmp_path: Path, workers: Any) -> None:
+    """One median and one histogram a layer and statistic, equal at TP2, PP2 and in one process; the weights are not touched."""
+    model = {"pattern": "MSFM"}
+    found = {}
+    for name, size, parallel in (("one", 1, {}), ("tensor", 2, {"tensor": 2}), ("pipeline", 2, {"pipeline": 2})):
+        raw = runs.small_config(corpus, tmp_path / name, model=model, parallel=parallel, monitor={"memory_interval": 2}, train={"steps": 2})
+        found[name] = workers(size).run(runs.train, raw)[0]
+        bare = runs.small_config(corpus, tmp_path / f"{name}_bare", model=model, parallel=parallel, train={"steps": 2})
+        if size == 1:
+            assert workers(size).run(runs.train, bare)[0]["loss/train"] == found[name]["loss/train"]
+    lines = {name: json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[1]) for name in found}
+    names = {name for name in lines["one"] if name.startswith(("memory/layer", "attention/layer"))}
+    assert {name.split("/")[1] for name in names} == {"layer_00", "layer_01", "layer_02", "layer_03"} and len(names) == 2 * 5 + 2 * 2
+    for layout in ("tensor", "pipeline"):
+        for name in names:
+            assert lines[layout][name] == pytest.approx(lines["one"][name], rel=1e-3, abs=1e-4), (layout, name)
+    assert set(events(tmp_path / "tensor").Tags()["histograms"]) == names

@@ -44,6 +44,7 @@ def kept(raw: dict[str, Any]) -> dict[str, int]:
 
         chunk.register_forward_pre_hook(count_gradients)
         trainer.train_step()
+        trainer.feed.close()
         weights = [each.data for each in parameters if each.numel()]
         if config.optimizer.zero_stage == 3:
             weights.append(zero.lp_param_buffer)  # this rank's ranges of all parameters
@@ -73,11 +74,12 @@ def step_after_one_given_up(raw: dict[str, Any], give_up: bool) -> dict[str, flo
     with runs.layout(raw) as (config, groups):
         trainer, _ = build_trainer(config, groups)
         if give_up:
-            trainer.backend.zero_grad()
             plan, _ = trainer.data.plan(trainer.state.data, config.train.global_batch_size)
             batches = trainer.load_microbatches(plan)
+            trainer.backend.zero_grad(len(batches))
             run_microbatches(Pass(config, groups, trainer.backend.chunks, trainer.windows.layers(0)), batches, backward=True)
         metrics = trainer.train_step().metrics
+        trainer.feed.close()
         return {name: metrics[name] for name in ("loss/train", "optim/grad_norm")}
 
 

@@ -6,9 +6,11 @@ the pieces together are those of a run that nobody killed, to the last bit.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +27,7 @@ from tests.resume.test_resume import logged
 from tests.workers import free_port
 
 RANKS = 2
+ROOT = Path(__file__).parents[2]
 DEADLINE = 240.0  # seconds for a start to reach the moment at which it is to die
 # 3 M parameters, 38 MB a checkpoint: a save is long enough to be hit in its middle
 MODEL = {"hidden_size": 64, "ffn_hidden_size": 2048}
@@ -43,28 +46,82 @@ class Death:
     newest: int
 
 
-def start(raw: dict[str, Any], folder: Path, number: int) -> tuple[list[subprocess.Popen], list[Path]]:
-    """The program on every rank, started as torchrun starts it."""
-    config, port = folder / f"config_{number}.yaml", str(free_port())
-    config.write_text(yaml.safe_dump(raw))
-    processes, logs = [], []
-    for rank in range(RANKS):
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment |= {"OMP_NUM_THREADS": 1, "GLOO_SOCKET_IFNAME": "lo"}
-        logs.append(folder / f"log_{number}_{rank}.txt")
-        with logs[-1].open("w") as log:
-            command = [sys.executable, "-m", "swax_megatron.train", str(config)]
+def serve() -> None:
+    """A process that has imported the program and forks its ranks: a start costs no imports. One JSON line in, one process id out."""
+    import logging
+
+    from swax_megatron.parallel.device import install_cpu_shim
+    from swax_megatron.train import main, quiet_libraries
+
+    quiet_libraries()
+    install_cpu_shim()
+    import swax_megatron.build
+    import swax_megatron.optim.zero  # noqa: F401
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the killed are not waited for
+    for handler in list(logging.getLogger().handlers):
+        logging.getLogger().removeHandler(handler)
+    for line in sys.stdin:
+        task = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            log = os.open(task["log"], os.O_WRONLY | os.O_CREAT, 0o644)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            os.environ.update(task["environment"])
+            os._exit(main([task["config"]]))
+        print(child, flush=True)
+
+
+class Ranks:
+    """The program's processes, one start after the other, forked by ``serve``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        program = "from tests.resume.test_kill_soak import serve; serve()"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+        )
+        self.alive: list[int] = []
+        self.logs: list[Path] = []
+
+    def start(self, raw: dict[str, Any], number: int) -> None:
+        config, port = self.folder / f"config_{number}.yaml", str(free_port())
+        config.write_text(yaml.safe_dump(raw))
+        self.logs = [self.folder / f"log_{number}_{rank}.txt" for rank in range(RANKS)]
+        self.alive = []
+        for rank, log in enumerate(self.logs):
+            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             named = {name: str(value) for name, value in environment.items()}
-            processes.append(subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **named}))
-    return processes, logs
+            self._server.stdin.write(json.dumps({"config": str(config), "log": str(log), "environment": named}) + "\n")
+            self._server.stdin.flush()
+            self.alive.append(int(self._server.stdout.readline()))
 
+    def wait_until(self, condition: Any) -> None:
+        deadline = time.monotonic() + DEADLINE
+        while not condition():
+            ended = [pid for pid in self.alive if not Path(f"/proc/{pid}").exists()]
+            assert not ended and time.monotonic() < deadline, "\n".join(log.read_text()[-1500:] for log in self.logs)
+            time.sleep(0.001)
 
-def wait_until(condition: Any, processes: list[subprocess.Popen], logs: list[Path]) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        ended = [index for index, process in enumerate(processes) if process.poll() is not None]
-        assert not ended and time.monotonic() < deadline, "\n".join(log.read_text()[-1500:] for log in logs)
-        time.sleep(0.001)
+    def kill(self, first: str, draw: random.Random) -> None:
+        order = list(self.alive) if first == "all" else sorted(self.alive, key=lambda pid: pid != self.alive[int(first[-1])])
+        for index, pid in enumerate(order):
+            with contextlib.suppress(ProcessLookupError):  # the other's death may end a rank before we do
+                os.kill(pid, signal.SIGKILL)
+            if index == 0 and first != "all":
+                time.sleep(draw.uniform(0.0, 0.3))
+        while any(Path(f"/proc/{pid}").exists() for pid in order):
+            time.sleep(0.001)
+        self.alive = []
+
+    def close(self) -> None:
+        for pid in self.alive:
+            os.kill(pid, signal.SIGKILL)
+        self._server.kill()
+        self._server.wait()
 
 
 class Folders:
@@ -78,24 +135,34 @@ class Folders:
         return [path for path in self.root.glob("step_*.tmp-*") if path not in self._before]
 
 
-def kill(processes: list[subprocess.Popen], first: str, draw: random.Random) -> None:
-    order = list(processes) if first == "all" else sorted(processes, key=lambda process: process is not processes[int(first[-1])])
-    for index, process in enumerate(order):
-        process.kill()
-        if index == 0 and first != "all":
-            time.sleep(draw.uniform(0.0, 0.3))
-    for process in processes:
-        process.wait()
+def newest_step(root: Path) -> int:
+    return max((int(path.parent.name[5:]) for path in root.glob("step_*/COMPLETE") if path.parent.name[5:].isdigit()), default=-1)
 
 
 def chain(corpus: Path, folder: Path, kills: int, seed: int, workers: Any) -> list[Death]:
     draw = random.Random(seed)
     steps = 3 * kills + 6
-    run_dir, root = folder / "run", folder / "run" / "checkpoints"
+    run_dir = folder / "run"
     raw = runs.small_config(corpus, run_dir, model=MODEL, train={"steps": steps}, checkpoint={"interval": 1, "keep_last": 2})
     alone = {**raw, "run_dir": str(folder / "whole"), "checkpoint": {"interval": 0}}
     expected = workers(RANKS).run(runs.train, alone)[0]["loss/train"]
     deaths: list[Death] = []
+    ranks = Ranks(folder)
+    try:
+        _kills(ranks, raw, expected, kills, draw, deaths)
+    finally:
+        ranks.close()
+    raw["checkpoint"]["asynchronous"] = True
+    resumed = workers(RANKS).run(runs.train, raw)[0]
+    assert resumed["first_step"] == [float(deaths[-1].newest)]
+    assert [line["step"] for line in logged(run_dir)] == list(range(steps))
+    assert [line["loss/train"] for line in logged(run_dir)] == expected
+    return deaths
+
+
+def _kills(ranks: Ranks, raw: dict[str, Any], expected: list[float], kills: int, draw: random.Random, deaths: list[Death]) -> None:
+    run_dir = Path(raw["run_dir"])
+    root = run_dir / "checkpoints"
     duration = 1.0  # seconds a save takes, learnt from the saves that were seen
     for number in range(kills):
         background = number % 2 == 0
@@ -104,26 +171,26 @@ def chain(corpus: Path, folder: Path, kills: int, seed: int, workers: Any) -> li
         raw["checkpoint"]["asynchronous"] = background
         before = deaths[-1].newest if deaths else 0
         temporary = Folders(root)
-        processes, logs = start(raw, folder, number)
+        ranks.start(raw, number)
         if phase == "load":
-            wait_until(lambda logs=logs: "resuming from" in logs[0].read_text(), processes, logs)
+            ranks.wait_until(lambda: "resuming from" in ranks.logs[0].read_text())
             time.sleep(draw.uniform(0.0, 0.4))
         else:
-            for wanted in range(before + 1, before + draw.randint(1, 3)):
-                wait_until(lambda wanted=wanted: (root / f"step_{wanted}" / "COMPLETE").exists(), processes, logs)
-            wait_until(temporary.now, processes, logs)
+            wanted = before + draw.randint(0, 2)  # complete ones of this start before the one to be hit
+            ranks.wait_until(lambda wanted=wanted: not wanted or newest_step(root) >= wanted)
+            ranks.wait_until(temporary.now)
             began = time.monotonic()
             if number == 0:
-                wait_until(lambda: list(root.glob("step_*/COMPLETE")), processes, logs)
+                ranks.wait_until(lambda: list(root.glob("step_*/COMPLETE")))
                 duration = time.monotonic() - began
-                wait_until(temporary.now, processes, logs)
+                ranks.wait_until(temporary.now)
             time.sleep(draw.uniform(0.0, 1.2 * duration))
-        kill(processes, first, draw)
+        ranks.kill(first, draw)
         newest = latest(root)
         assert newest is not None
         checkpoint = open_checkpoint(newest)
         checkpoint.verify(ranks_share=False)
-        resumed = [log for log in logs if f"resuming from {root}" in log.read_text()]
+        resumed = [log for log in ranks.logs if f"resuming from {root}" in log.read_text()]
         left = sum(len(list(path.iterdir())) for path in temporary.now())
         deaths.append(Death(number, background, phase, first, before if resumed else 0, left, checkpoint.step))
         print(deaths[-1], flush=True)
@@ -131,12 +198,6 @@ def chain(corpus: Path, folder: Path, kills: int, seed: int, workers: Any) -> li
         assert bool(resumed) == (before > 0), "the start did not resume"
         found = [line["loss/train"] for line in logged(run_dir)]
         assert found[: checkpoint.step] == expected[: checkpoint.step], f"losses differ after kill {number}"
-    raw["checkpoint"]["asynchronous"] = True
-    resumed = workers(RANKS).run(runs.train, raw)[0]
-    assert resumed["first_step"] == [float(deaths[-1].newest)]
-    assert [line["step"] for line in logged(run_dir)] == list(range(steps))
-    assert [line["loss/train"] for line in logged(run_dir)] == expected
-    return deaths
 
 
 def test_killed_while_saving(corpus: Path, tmp_path: Path, workers: Any) -> None:

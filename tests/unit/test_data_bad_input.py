@@ -188,3 +188,66 @@ def test_verify_and_show_need_a_data_set(tmp_path, model, capsys):
     (tmp_path / "out" / "manifest.json").write_text(json.dumps({**manifest, "format_version": 2}))
     assert verify.main([str(tmp_path / "out")]) == 1
     assert "format_version 2, newer than this program's 1" in capsys.readouterr().out
+
+
+def test_a_line_of_100_mb(tmp_path, model, capsys):
+    """Refused, or skipped and counted, without being held in memory; at its limit the next line is found again."""
+    with open(tmp_path / "a.jsonl", "wb") as file:
+        file.write(GOOD + b'{"text": "')
+        for _ in range(100):
+            file.write(b"x" * (1 << 20))
+        file.write(b'"}\n' + GOOD)
+    assert run_shard(tmp_path / "a.jsonl", model, tmp_path / "out", "--max-record-bytes", "4M") == 2
+    assert "a.jsonl line 2: more than the 4194304 bytes of --max-record-bytes" in capsys.readouterr().err
+    options = ("--max-record-bytes", "4M", "--long-documents", "skip")
+    assert run_shard(tmp_path / "a.jsonl", model, tmp_path / "out", *options) == 0
+    dataset = ShardedDataset(tmp_path / "out")
+    assert dataset.documents == 2 and dataset.manifest["skipped"]["too_long"] == 1
+
+
+def test_a_full_disk(tmp_path, model):
+    """One sentence, nothing that looks whole, and the same command finishes once there is room."""
+    source = write_jsonl(tmp_path / "a.jsonl", texts(3000))
+    command = f"{sys.executable} {ROOT}/data_prep/shard.py --input {source} --tokenizer {model} --out {tmp_path}/out --workers 2"
+    limited = f"ulimit -f 200; exec {command}"  # blocks of 1 KiB that a file may have: writing more fails, as on a full disk
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert sentence.startswith("error: the disk is full or a limit is reached while ") and "make room and run the same command" in sentence
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.work").exists()
+    assert subprocess.run(command.split(), capture_output=True, env=environment).returncode == 0
+    assert verify.main([str(tmp_path / "out")]) == 0
+
+
+def test_verify_finds_every_kind_of_damage(tmp_path, model, capsys):
+    out = tmp_path / "out"
+    assert run_shard(write_jsonl(tmp_path / "a.jsonl", texts(300)), model, out, "--shard-size", "16K") == 0
+    tars, indices = sorted(out.glob("*.tar")), sorted(out.glob("*.idx"))
+    manifest = out / "manifest.json"
+
+    def changed(path: Path, data: bytes) -> str:
+        before = path.read_bytes()
+        path.write_bytes(data)
+        assert verify.main([str(out)]) == 1
+        path.write_bytes(before)
+        return capsys.readouterr().out
+
+    middle = tars[1].read_bytes()
+    for at in (0, 130, 700, len(middle) // 2, len(middle) - 1):  # name, header, ids, lengths, the zeros at the end
+        assert f"{tars[1]}: the sha256 is not the manifest's" in changed(tars[1], flip(middle, at))
+    for at in (3, 40, 200):
+        assert str(indices[1]) in changed(indices[1], flip(indices[1].read_bytes(), at))
+    assert "bytes where the manifest states" in changed(tars[2], tars[2].read_bytes()[:-1000])
+    content = json.loads(manifest.read_text())
+    for key in ("documents", "tokens", "shards"):
+        wrong = {**content, "totals": {**content["totals"], key: content["totals"][key] + 1}}
+        assert "totals are not the sums over the shards" in changed(manifest, json.dumps(wrong).encode())
+    entry = {**content["shards"][0], "documents": content["shards"][0]["documents"] + 1}
+    assert "does not belong to" in changed(manifest, json.dumps({**content, "shards": [entry, *content["shards"][1:]]}).encode())
+    assert "is not the tokenizer that wrote" in changed(out / "tokenizer.model", flip((out / "tokenizer.model").read_bytes(), 9))
+    os.rename(tars[0], tmp_path / "away")
+    assert verify.main([str(out)]) == 1
+    assert f"{tars[0]} is missing" in capsys.readouterr().out
+    os.rename(tmp_path / "away", tars[0])
+    assert verify.main([str(out)]) == 0

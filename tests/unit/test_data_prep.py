@@ -204,7 +204,8 @@ def test_verify_and_show(tmp_path, model, capsys):
     out = tmp_path / "out"
     assert run_shard(source, model, out, "--shard-size", "16K", "--validation-fraction", "0.2") == 0
     assert verify.main([str(out)]) == 0
-    assert show.main([str(out), "--entropy"]) == 0
+    assert show.main([str(out), "--entropy", "--png", str(tmp_path / "lengths.png")]) == 0
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert f"{out / 'train'}: whole" in printed and "tokens a byte" in printed and "nats a token" in printed and "--- shard" in printed
     tar = sorted((out / "train").glob("*.tar"))[1]

@@ -5,6 +5,7 @@ import inspect
 import io
 import json
 import random
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -144,3 +145,27 @@ def test_files_hold_no_hidden_defaults(tmp_path):
     export_tokenizer(train(tmp_path), tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["split_special_tokens"] and config["pad_token"] == config["eos_token"] == "</s>"
+
+
+def ten_thousand_lines() -> list[str]:
+    """Lines of the standard library's source, of odd Unicode and of random whitespace; real code and prose in its docstrings."""
+    lines: list[str] = []
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(folder.glob("*.py")) + sorted((folder / "encodings").glob("*.py")):
+        lines += path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if len(lines) > 40_000:
+            break
+    source = random.Random(1)
+    found = source.sample(lines, 7000)
+    ranges = [(32, 0x24F), (0x370, 0x1FFF), (0x3000, 0x9FFF), (0x1F300, 0x1FAFF)]
+    found += ["".join(chr(source.randint(*source.choice(ranges))) for _ in range(20)) for _ in range(2000)]
+    found += ["".join(source.choices(" \t\n\r\u00a0\u3000ab(=", weights=[8, 3, 2, 1, 1, 1, 2, 2, 1, 1], k=30)) for _ in range(1000)]
+    return [*found, *(json.dumps(line) for line in found[:300])]
+
+
+def test_ten_thousand_lines_give_the_same_ids(pair):
+    processor, tokenizer = pair
+    lines = ten_thousand_lines()
+    assert len(lines) > 10_000
+    for line, got, want in zip(lines, tokenizer(lines)["input_ids"], processor.encode(lines), strict=True):
+        assert got == want, line

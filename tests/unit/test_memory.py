@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from swax_megatron.eval import memory
-from swax_megatron.eval.memory import attention_use, mlstm_memory
+from swax_megatron.model import memory
+from swax_megatron.model.memory import attention_use, mlstm_memory
 
 CAP = 15.0
 

@@ -40,6 +40,7 @@ class MlstmMixer(Mixer):
 
     def __init__(self, config: SwaxTransformerConfig, layer_number: int, **_: object) -> None:
         super().__init__(config)
+        self.layer = layer_number - 1  # Megatron counts from 1
         model = config.model
         self.qk_dim, self.v_dim = model.mlstm_qk_dim, model.mlstm_v_dim
         qk, values = model.mlstm_heads * model.mlstm_qk_dim, model.mlstm_heads * model.mlstm_v_dim
