@@ -24,6 +24,11 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
 
     Raises ValueError that names an unknown key (with the nearest right one), a wrong type or an unreadable file.
     """
+    return from_dict(read_raw(path, overrides))
+
+
+def read_raw(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> dict[str, Any]:
+    """What a YAML file and overrides say, and no defaults. ValueError for an unreadable file."""
     raw: Any = {}
     if path is not None:
         try:
@@ -36,7 +41,7 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
             raise ValueError(f"config {path} must hold sections such as 'model:' and 'train:', not a {type(raw).__name__}")
     for override in overrides:
         _apply_override(raw, override)
-    return from_dict(raw)
+    return raw
 
 
 def from_dict(raw: dict[str, Any]) -> Config:

@@ -100,7 +100,7 @@ def _train(config: Config, groups: Any) -> dict[str, list[float]]:
     trainer.callbacks.append(Record())
     resumed = checkpoints.resume(trainer)
     history["first_step"] = [float(trainer.state.step)]
-    assert resumed == (trainer.state.step > 0)
+    assert resumed or trainer.state.step == 0
     trainer.fit()
     return history
 

@@ -8,6 +8,7 @@ See docs/checkpoints.md for the format and its guarantees.
 """
 
 from swax_megatron.checkpoint.boxes import Box, flat_range_boxes
+from swax_megatron.checkpoint.deferred import Deferred
 from swax_megatron.checkpoint.folder import discard_after, latest, list_checkpoints, prune
 from swax_megatron.checkpoint.reader import Checkpoint, open_checkpoint
 from swax_megatron.checkpoint.writer import FORMAT_VERSION, Fragment, save
@@ -16,6 +17,7 @@ __all__ = [
     "FORMAT_VERSION",
     "Box",
     "Checkpoint",
+    "Deferred",
     "Fragment",
     "discard_after",
     "flat_range_boxes",

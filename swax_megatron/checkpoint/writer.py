@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from swax_megatron.checkpoint.boxes import Box, tiling_error
+from swax_megatron.checkpoint.deferred import Deferred
 from swax_megatron.checkpoint.folder import COMPLETE, MANIFEST, fsync_folder, publish, write_file
 from swax_megatron.checkpoint.mail import Mail
 from swax_megatron.checkpoint.ranks import Ranks
@@ -38,7 +39,7 @@ class Fragment:
     key: str
     global_shape: tuple[int, ...]
     offsets: tuple[int, ...]
-    tensor: Tensor
+    tensor: Tensor | Deferred
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "global_shape", tuple(int(n) for n in self.global_shape))

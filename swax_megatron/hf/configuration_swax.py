@@ -28,6 +28,7 @@ class SwaxConfig(PreTrainedConfig):
         logit_cap: soft cap of the output logits; None: no cap.
         norm_eps: epsilon of every norm. mlstm_eps: epsilon of the mLSTM normaliser.
         initializer_range: standard deviation of fresh weights.
+        kernels: ``auto`` uses the project's Triton kernels where it is installed and the model is on a GPU; ``off`` never does.
         max_position_embeddings: sequence length of the training; no table depends on it.
     """
 
@@ -57,6 +58,7 @@ class SwaxConfig(PreTrainedConfig):
         mlstm_eps=1e-6,
         initializer_range=0.02,
         max_position_embeddings=16384,
+        kernels="auto",
         use_cache=True,
         tie_word_embeddings=False,
         pad_token_id=2,
@@ -87,6 +89,7 @@ class SwaxConfig(PreTrainedConfig):
         self.mlstm_eps = mlstm_eps
         self.initializer_range = initializer_range
         self.max_position_embeddings = max_position_embeddings
+        self.kernels = kernels
         self.use_cache = use_cache
         self.number_of_conv_states = 3  # states an mLSTM layer keeps in transformers' cache: C, n, m
         self._check()
@@ -115,3 +118,5 @@ class SwaxConfig(PreTrainedConfig):
             raise ValueError(f"head_dim={self.head_dim} must be even for rotary positions")
         if self.mlstm_chunk_size < 1:
             raise ValueError(f"mlstm_chunk_size={self.mlstm_chunk_size} must be at least 1")
+        if self.kernels not in ("auto", "off"):
+            raise ValueError(f"kernels={self.kernels!r} must be 'auto' or 'off'")

@@ -6,19 +6,16 @@ Reads the checkpoint alone: no megatron, no GPU, one tensor in memory at a time.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import os
 import re
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -26,23 +23,15 @@ from swax_megatron.checkpoint.store import Checkpoint, latest, open_checkpoint
 from swax_megatron.config import from_dict
 from swax_megatron.data.shards import fingerprint
 from swax_megatron.hf.card import model_card
-from swax_megatron.hf.configuration_swax import SwaxConfig
-from swax_megatron.hf.modeling_swax import SwaxForCausalLM, SwaxPreTrainedModel
-from swax_megatron.hf.names import EMBEDDING, LAYER_TYPES, OUTPUT, hf_names, layer_types
+from swax_megatron.hf.progress import Progress
 from swax_megatron.hf.shards import Planned, write_shards
+from swax_megatron.hf.targets import TARGETS, Target, parameter_shapes
 from swax_megatron.hf.tokenizer import export_tokenizer
-from swax_megatron.model.cost import padded_vocab_size
-from swax_megatron.model.pattern import parse_pattern
 from swax_megatron.schema import Config
 
-MODEL_FILES = ("configuration_swax.py", "cell_swax.py", "modeling_swax.py")
+MODEL_FILES = ("configuration_swax.py", "cell_swax.py", "kernels_swax.py", "masks_swax.py", "modeling_swax.py")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PARAMETER = "param."  # prefix of the weights among a checkpoint's keys
-_AUTO_MAP = {
-    "AutoConfig": "configuration_swax.SwaxConfig",
-    "AutoModel": "modeling_swax.SwaxModel",
-    "AutoModelForCausalLM": "modeling_swax.SwaxForCausalLM",
-}
 EPILOG = "example:\n  python -m swax_megatron.hf.export --checkpoint runs/my-run --out exports/my-model --dtype bf16"
 
 
@@ -56,37 +45,6 @@ def find_checkpoint(path: str | Path) -> Path:
         if found is not None:
             return found
     raise ValueError(f"--checkpoint {path}: no complete checkpoint there; give a run folder, its checkpoints folder or a step_N in it")
-
-
-def swax_config(config: Config, *, bos: int, eos: int) -> SwaxConfig:
-    """The export's configuration: the test window becomes its sliding window, pad is EOS."""
-    model = config.model
-    kinds = parse_pattern(model.pattern)
-    return SwaxConfig(
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.ffn_hidden_size,
-        num_hidden_layers=len(kinds),
-        layer_types=layer_types(kinds),
-        num_attention_heads=model.attention_heads,
-        num_key_value_heads=model.attention_kv_heads,
-        head_dim=model.attention_head_dim,
-        sliding_window=config.window.test_window,
-        rope_theta=model.rope_base,
-        rope_layer_types=[LAYER_TYPES[kind] for kind in model.rope_kinds if kind in LAYER_TYPES and kind != "M"],
-        num_mlstm_heads=model.mlstm_heads,
-        mlstm_qk_head_dim=model.mlstm_qk_dim,
-        mlstm_v_head_dim=model.mlstm_v_dim,
-        gate_cap=model.gate_cap,
-        logit_cap=model.logit_cap or None,
-        norm_eps=model.norm_eps,
-        initializer_range=model.init_std,
-        max_position_embeddings=config.data.sequence_length,
-        tie_word_embeddings=model.tie_embeddings,
-        bos_token_id=bos,
-        eos_token_id=eos,
-        pad_token_id=eos,
-    )
 
 
 def find_tokenizer(config: Config, given: str | Path | None) -> Path:
@@ -118,36 +76,24 @@ def _data_fingerprint(manifest: Path) -> str | None:
         raise ValueError(f"{manifest} is no data set manifest ({error!r})") from error
 
 
-def plan_weights(
-    checkpoint: Checkpoint, config: Config, exported: SwaxConfig, dtype: torch.dtype
-) -> tuple[dict[str, Planned], dict[str, str]]:
-    """({export name: shape and type}, {export name: training name}).
-
-    Raises ValueError that lists every parameter that is missing, misshaped or unknown.
-    """
-    names = hf_names(parse_pattern(config.model.pattern), tied=config.model.tie_embeddings)
-    with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in SwaxForCausalLM(exported).named_parameters()}
-    assert set(names.values()) == set(wanted), set(names.values()) ^ set(wanted)
+def plan_weights(checkpoint: Checkpoint, config: Config, target: Target, dtype: torch.dtype) -> dict[str, Planned]:
+    """{export name: shape and type}. ValueError that lists every parameter that is missing, misshaped or unknown."""
+    shapes = parameter_shapes(config, padded=True)
     stored = {key.removeprefix(PARAMETER) for key in checkpoint.keys() if key.startswith(PARAMETER)}
-    problems = [f"{name} is unknown" for name in sorted(stored - set(names))]
-    for training, name in names.items():
-        if training not in stored:
-            problems.append(f"{training} is missing")
+    problems = [f"{name} is unknown" for name in sorted(stored - set(shapes))]
+    for name, right in shapes.items():
+        if name not in stored:
+            problems.append(f"{name} is missing")
             continue
-        shape, right = tuple(checkpoint.shape(PARAMETER + training)), wanted[name]
-        if training in (EMBEDDING, OUTPUT):
-            right = (padded_vocab_size(config.model.vocab_size), *right[1:])
+        shape = tuple(checkpoint.shape(PARAMETER + name))
         if shape != right:
-            problems.append(f"{training} is {shape}, not {right}")
+            problems.append(f"{name} is {shape}, not {right}")
     if problems:
         raise ValueError(f"the checkpoint does not fit its own configuration: {'; '.join(problems)}")
-    keep_fp32 = SwaxPreTrainedModel._keep_in_fp32_modules_strict
-    plan = {
-        name: Planned(wanted[name], torch.float32 if any(part in keep_fp32 for part in name.split(".")) else dtype)
-        for name in names.values()
+    unpadded = parameter_shapes(config, padded=False)
+    return {
+        name: Planned(unpadded[training], torch.float32 if target.keeps_fp32(name) else dtype) for name, training in target.names.items()
     }
-    return plan, {name: training for training, name in names.items()}
 
 
 def export_model(
@@ -159,9 +105,11 @@ def export_model(
     tokenizer: str | Path | None = None,
     license_id: str = "unknown",
     overwrite: bool = False,
+    kind: str = "swax",
 ) -> Path:
     """Write the export of an opened checkpoint to the folder ``out``, which appears whole or not at all.
 
+    kind: "swax", or "xlstm" (transformers' own xLSTM, for patterns of mLSTM layers alone)
     dtype: "fp32", "bf16" or None (the precision of the training); gates stay fp32. Raises ValueError, before anything is
     written, where the checkpoint, the tokenizer or ``out`` does not allow it.
     """
@@ -172,7 +120,8 @@ def export_model(
     if dtype not in DTYPES:
         raise ValueError(f"--dtype={dtype}: choose one of {', '.join(DTYPES)}")
     tokenizer = find_tokenizer(config, tokenizer)
-    plan, training_names = plan_weights(checkpoint, config, swax_config(config, bos=1, eos=2), DTYPES[dtype])
+    target = TARGETS[kind](config)
+    plan = plan_weights(checkpoint, config, target, DTYPES[dtype])
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     aside.mkdir()
@@ -182,19 +131,18 @@ def export_model(
             raise ValueError(
                 f"{tokenizer} has {special['vocab_size']} ids, the model {config.model.vocab_size}; give the training's with --tokenizer"
             )
-        exported = swax_config(config, bos=special["bos"], eos=special["eos"])
 
         def read(name: str) -> Tensor:
-            tensor = checkpoint.read_tensor(PARAMETER + training_names[name])
+            tensor = checkpoint.read_tensor(PARAMETER + target.names[name])
             return tensor[: plan[name].shape[0]].to(plan[name].dtype)
 
-        write_shards(aside, plan, read, max_shard_bytes, _Progress(sum(tensor.bytes for tensor in plan.values())))
-        _write_json(aside / "config.json", _config_json(exported, dtype))
+        write_shards(aside, plan, read, max_shard_bytes, Progress(sum(tensor.bytes for tensor in plan.values())))
+        _write_json(aside / "config.json", target.config(special["bos"], special["eos"], str(DTYPES[dtype]).removeprefix("torch.")))
         generation = GenerationConfig(bos_token_id=special["bos"], eos_token_id=special["eos"], pad_token_id=special["eos"])
         generation.save_pretrained(aside)
-        for file in MODEL_FILES:
+        for file in MODEL_FILES if target.remote_code else ():
             shutil.copyfile(Path(__file__).with_name(file), aside / file)
-        card = model_card(config, checkpoint.step, checkpoint.state, plan, dtype=dtype, license_id=license_id, name=out.name)
+        card = model_card(config, checkpoint.step, checkpoint.state, plan, dtype=dtype, license_id=license_id, name=out.name, kind=kind)
         (aside / "README.md").write_text(card, encoding="utf-8")
         _fsync(aside)
         _publish(aside, out)
@@ -209,26 +157,11 @@ def _refuse_existing(out: Path, overwrite: bool) -> None:
     if not overwrite:
         raise ValueError(f"{out} exists already; choose another --out or add --overwrite")
     try:
-        ours = json.loads((out / "config.json").read_text(encoding="utf-8")).get("model_type") == SwaxConfig.model_type
+        ours = json.loads((out / "config.json").read_text(encoding="utf-8")).get("model_type") in TARGETS
     except (OSError, ValueError, AttributeError):
         ours = False
     if not ours:
         raise ValueError(f"{out} holds something else than an export: --overwrite does not replace it; choose another --out")
-
-
-def _config_json(config: SwaxConfig, dtype: str) -> dict[str, Any]:
-    """config.json with every field of SwaxConfig, also those at their defaults."""
-    everything = config.to_dict()
-    fields = [name for name in inspect.signature(SwaxConfig.__init__).parameters if name in everything]
-    return {
-        "architectures": [SwaxForCausalLM.__name__],
-        "auto_map": _AUTO_MAP,
-        "model_type": SwaxConfig.model_type,
-        "dtype": str(DTYPES[dtype]).removeprefix("torch."),
-        **{name: everything[name] for name in fields},
-        "number_of_conv_states": config.number_of_conv_states,
-        "transformers_version": transformers.__version__,
-    }
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -260,23 +193,6 @@ def _publish(aside: Path, out: Path) -> None:
         shutil.rmtree(old)
 
 
-class _Progress:
-    """Lines on stderr: share written, rate, time left."""
-
-    def __init__(self, total: int, interval: float = 5.0) -> None:
-        self._total, self._interval, self._done = total, interval, 0
-        self._start = self._last = time.monotonic()
-
-    def __call__(self, written: int) -> None:
-        self._done += written
-        now = time.monotonic()
-        if now - self._last >= self._interval:
-            self._last = now
-            rate = self._done / (now - self._start)
-            left = (self._total - self._done) / rate
-            print(f"{100 * self._done / self._total:5.1f} %, {rate / 1e6:.0f} MB/s, {left:.0f} s left", file=sys.stderr, flush=True)
-
-
 def parse_size(text: str) -> int:
     """Bytes of "2GB", "500MB", "150KB" or "4096" (decimal, as in transformers) or of "2GiB" (binary)."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
@@ -292,6 +208,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a step_N folder, or a run folder (its newest complete one)")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--dtype", choices=list(DTYPES), help="type of the weights, gates stay fp32 (default: as in training)")
+    parser.add_argument(
+        "--as", dest="kind", choices=list(TARGETS), default="swax", help="xlstm: transformers' own xLSTM, for patterns of M layers alone"
+    )
     parser.add_argument("--max-shard-size", type=parse_size, default="2GB", metavar="SIZE", help="of a weight file (default %(default)s)")
     parser.add_argument("--tokenizer", metavar="FILE", help="SentencePiece .model (default: the one of the training data)")
     parser.add_argument("--license", default="unknown", metavar="ID", help="license of the weights on the model card, e.g. apache-2.0")
@@ -317,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             tokenizer=args.tokenizer,
             license_id=args.license,
             overwrite=args.overwrite,
+            kind=args.kind,
         )
     except (ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)

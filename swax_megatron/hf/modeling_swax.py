@@ -13,7 +13,6 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -22,9 +21,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cell_swax import MASKED_GATE, mlstm_chunkwise, mlstm_step
 from .configuration_swax import SwaxConfig
-
-BAND_BLOCK = 512  # least number of queries that banded attention takes at once
-
+from .kernels_swax import fast_attention, fast_mlstm, kernel_plan
+from .masks_swax import band_block, can_band, layer_masks
 
 # -------------------------------------------------------------------------------------------------------------- cache
 
@@ -69,12 +67,23 @@ def write_state(cache, layer_idx, state):
 # ------------------------------------------------------------------------------------------------------------- layers
 
 
-def linear(inputs, outputs, std=None, bias=None):
-    """A projection; ``std`` of its fresh weights (None: initializer_range), first and last value of its fresh bias."""
-    projection = nn.Linear(inputs, outputs, bias=bias is not None)
+def linear(inputs, outputs, std=None):
+    """A projection; ``std`` of its fresh weights (None: initializer_range)."""
+    projection = nn.Linear(inputs, outputs, bias=False)
     if std is not None:
-        projection.initial = (std, bias)
+        projection.initial = (std, None)
     return projection
+
+
+class SwaxGate(nn.Linear):
+    """The pre-activation of a gate, one scalar a head, in fp32. Fresh weights are 0, the fresh bias runs from ``first`` to ``last``."""
+
+    def __init__(self, inputs, heads, first, last):
+        super().__init__(inputs, heads)
+        self.initial = (0.0, (first, last))
+
+    def forward(self, x):
+        return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
 def output_std(config):
@@ -123,48 +132,48 @@ class SwaxMLSTM(nn.Module):
         self.k_proj = linear(width, heads * self.qk_dim)
         self.v_proj = linear(width, heads * self.v_dim)
         self.ogate_proj = linear(width, heads * self.v_dim, std=0.0)
-        self.igate_proj = linear(width, heads, std=0.0, bias=(-10.0, -10.0))
-        self.fgate_proj = linear(width, heads, std=0.0, bias=(3.0, 6.0))
+        self.igate_proj = SwaxGate(width, heads, -10.0, -10.0)
+        self.fgate_proj = SwaxGate(width, heads, 3.0, 6.0)
         self.head_norm = SwaxHeadLayerNorm(heads, self.v_dim, config.norm_eps)
         self.out_proj = linear(heads * self.v_dim, width, std=output_std(config))
 
-    def _gate(self, projection, x_btm):
-        raw_bth = F.linear(x_btm.float(), projection.weight.float(), projection.bias.float())
-        return (self.config.gate_cap * torch.tanh(raw_bth / self.config.gate_cap)).transpose(1, 2)
-
-    def forward(self, x_btm, padding_mask_bt=None, past_key_values=None):
-        batch, length, _ = x_btm.shape
-        q, k, v = self.q_proj(x_btm), self.k_proj(x_btm), self.v_proj(x_btm)
+    def forward(self, x_btm, padding_mask_bt=None, past_key_values=None, kernels=None):
+        qkv = [projection(x_btm).unflatten(-1, (self.num_heads, -1)) for projection in (self.q_proj, self.k_proj, self.v_proj)]
         with torch.autocast(device_type=x_btm.device.type, enabled=False):
-            q_bhtk, k_bhtk, v_bhtv = (y.float().unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
-            q_bhtk = q_bhtk * self.qk_dim**-0.5
-            igate_bht = self._gate(self.igate_proj, x_btm)
-            log_fgate_bht = F.logsigmoid(self._gate(self.fgate_proj, x_btm))
-            if padding_mask_bt is not None:  # padding neither writes nor forgets
-                padded_b1t = ~padding_mask_bt[:, None].bool()
-                igate_bht = igate_bht.masked_fill(padded_b1t, MASKED_GATE)
-                log_fgate_bht = log_fgate_bht.masked_fill(padded_b1t, 0.0)
+            gates = self.igate_proj(x_btm), self.fgate_proj(x_btm)
             state = read_state(past_key_values, self.layer_idx)
-            if state is None:
-                shape = (batch, self.num_heads)
-                state = (
-                    q_bhtk.new_zeros(*shape, self.qk_dim, self.v_dim),
-                    q_bhtk.new_zeros(*shape, self.qk_dim),
-                    q_bhtk.new_zeros(*shape),
-                )
-            eps = self.config.mlstm_eps
-            if length == 1:
-                one = (q_bhtk[:, :, 0], k_bhtk[:, :, 0], v_bhtv[:, :, 0], igate_bht[..., 0], log_fgate_bht[..., 0])
-                h_bhv, state = mlstm_step(*one, state, eps)
-                h_bhtv = h_bhv[:, :, None]
+            if kernels is None:
+                h_bthv, state = self._cell(*qkv, *gates, padding_mask_bt, state)
             else:
-                chunk = self.config.mlstm_chunk_size
-                h_bhtv, state = mlstm_chunkwise(q_bhtk, k_bhtk, v_bhtv, igate_bht, log_fgate_bht, state, chunk, eps)
+                h_bthv, state = fast_mlstm(*qkv, *gates, state, kernels, self.config, keep_state=past_key_values is not None)
             if past_key_values is not None:
                 write_state(past_key_values, self.layer_idx, state)
-            normed = self.head_norm(h_bhtv.transpose(1, 2))
+            normed = self.head_norm(h_bthv.float())
         gated = torch.sigmoid(self.ogate_proj(x_btm).float()) * normed
         return self.out_proj(gated.to(x_btm.dtype))
+
+    def _cell(self, q_bthk, k_bthk, v_bthv, igate_bth, fgate_bth, padding_mask_bt, state):
+        """The cell in plain torch, fp32: h_bthv and the last (C, n, m)."""
+        q_bhtk, k_bhtk, v_bhtv = (y.float().transpose(1, 2) for y in (q_bthk, k_bthk, v_bthv))
+        q_bhtk = q_bhtk * self.qk_dim**-0.5
+        cap = self.config.gate_cap
+        igate_bht, fgate_bht = ((cap * torch.tanh(gate / cap)).transpose(1, 2) for gate in (igate_bth, fgate_bth))
+        log_fgate_bht = F.logsigmoid(fgate_bht)
+        if padding_mask_bt is not None:  # padding neither writes nor forgets
+            padded_b1t = ~padding_mask_bt[:, None].bool()
+            igate_bht = igate_bht.masked_fill(padded_b1t, MASKED_GATE)
+            log_fgate_bht = log_fgate_bht.masked_fill(padded_b1t, 0.0)
+        if state is None:
+            shape = q_bhtk.shape[:2]
+            sizes = ((self.qk_dim, self.v_dim), (self.qk_dim,), ())
+            state = tuple(q_bhtk.new_zeros(*shape, *size) for size in sizes)
+        if q_bhtk.shape[2] == 1:
+            one = (q_bhtk[:, :, 0], k_bhtk[:, :, 0], v_bhtv[:, :, 0], igate_bht[..., 0], log_fgate_bht[..., 0])
+            h_bhv, state = mlstm_step(*one, state, self.config.mlstm_eps)
+            return h_bhv[:, None], state
+        options = (self.config.mlstm_chunk_size, self.config.mlstm_eps)
+        h_bhtv, state = mlstm_chunkwise(q_bhtk, k_bhtk, v_bhtv, igate_bht, log_fgate_bht, state, *options)
+        return h_bhtv.transpose(1, 2), state
 
 
 def rotary_tables(position_ids_bt, head_dim, base):
@@ -214,7 +223,7 @@ class SwaxAttention(nn.Module):
         self.v_proj = linear(config.hidden_size, key_width)
         self.out_proj = linear(query_width, config.hidden_size, std=output_std(config))
 
-    def forward(self, x_btm, rotary, attention_mask=None, banded=False, past_key_values=None):
+    def forward(self, x_btm, rotary, attention_mask=None, banded=False, past_key_values=None, kernels=None):
         q, k, v = (
             projection(x_btm).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -224,7 +233,9 @@ class SwaxAttention(nn.Module):
             k, v = past_key_values.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         options = {"scaling": self.scaling, "dropout": 0.0, "sliding_window": self.sliding_window}
-        if banded:
+        if banded and kernels is not None and k.shape[2] == q.shape[2]:
+            o_bthd, weights = fast_attention(q, k, v, self.sliding_window, kernels), None
+        elif banded:
             o_bthd, weights = self._banded(attend, q, k, v, attention_mask, options), None
         else:
             o_bthd, weights = attend(self, q, k, v, attention_mask, **options)
@@ -233,7 +244,7 @@ class SwaxAttention(nn.Module):
     def _banded(self, attend, q_bhtd, k_bhsd, v_bhsd, padding_mask_bs, options):
         """Sliding-window attention a block of queries at a time: no t x t mask, work and memory linear in t."""
         window, length, keys = self.sliding_window, q_bhtd.shape[2], k_bhsd.shape[2]
-        block, past = max(window, BAND_BLOCK), keys - length
+        block, past = max(window, band_block()), keys - length
         place_s = torch.arange(keys, device=q_bhtd.device)
         outputs = []
         for start in range(0, length, block):
@@ -271,73 +282,14 @@ class SwaxDecoderLayer(GradientCheckpointingLayer):
         self.pre_mlp_layernorm = SwaxRMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwaxMLP(config)
 
-    def forward(self, hidden_states, attention_mask=None, banded=False, rotary=None, past_key_values=None):
+    def forward(self, hidden_states, attention_mask=None, banded=False, rotary=None, past_key_values=None, kernels=None):
         normed = self.input_layernorm(hidden_states)
         if self.is_mlstm:
-            mixed = self.mixer(normed, attention_mask, past_key_values=past_key_values)
+            mixed = self.mixer(normed, attention_mask, past_key_values, kernels)
         else:
-            mixed, _ = self.mixer(normed, rotary, attention_mask, banded=banded, past_key_values=past_key_values)
+            mixed, _ = self.mixer(normed, rotary, attention_mask, banded, past_key_values, kernels)
         hidden_states = hidden_states + mixed
         return hidden_states + self.mlp(self.pre_mlp_layernorm(hidden_states))
-
-
-# -------------------------------------------------------------------------------------------------------------- masks
-
-
-class LayerView:
-    """A cache as the mask functions should see it: sized by one layer.
-
-    Left to themselves they search the cache for a layer of the right kind, and transformers 5.17 takes an mLSTM layer
-    for one of full attention.
-    """
-
-    def __init__(self, cache, layer_idx, is_sliding):
-        self._cache, self._layer_idx, self.is_sliding = cache, layer_idx, [is_sliding]
-
-    def get_query_offset(self, layer_idx=0):
-        return self._cache.get_query_offset(self._layer_idx)
-
-    def get_mask_sizes(self, query_length, layer_idx):
-        return self._cache.get_mask_sizes(query_length, self._layer_idx)
-
-    def __getattr__(self, name):
-        return getattr(self._cache, name)
-
-
-def can_band(config, length, attention_mask, cache):
-    """Whether sliding attention runs in bands: long input, a backend that takes any mask, a cache that returns all keys."""
-    return (
-        "sliding_attention" in config.layer_types
-        and config._attn_implementation in ("eager", "sdpa")
-        and (cache is None or isinstance(cache, DynamicCache))
-        and (attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2))
-        and length > max(config.sliding_window, BAND_BLOCK)
-    )
-
-
-def layer_masks(config, x_btm, attention_mask, cache, banded=False):
-    """The mask of each layer type: the padding for mLSTM and banded layers, the backend's own form for the others.
-
-    Rows are single documents, so the mask functions get no position ids: they would separate packed rows in attention,
-    while the mLSTM memory runs on.
-    """
-    if isinstance(attention_mask, dict):  # made beforehand by generate() for a static cache
-        return attention_mask
-    if attention_mask is not None and attention_mask.ndim != 2 and "linear_attention" in config.layer_types:
-        raise ValueError(f"attention_mask must be (batch, tokens) for mLSTM layers, got {attention_mask.ndim} dimensions")
-    masks = {}
-    for layer_type in dict.fromkeys(config.layer_types):
-        if layer_type == "linear_attention":
-            # contiguous: strides that grow with the mask would have a compiled decoding step made anew
-            masks[layer_type] = None if attention_mask is None else attention_mask[:, -x_btm.shape[1] :].contiguous()
-        elif layer_type == "sliding_attention" and banded:
-            masks[layer_type] = attention_mask
-        else:
-            sliding = layer_type == "sliding_attention"
-            view = None if cache is None else LayerView(cache, config.layer_types.index(layer_type), sliding)
-            create = create_sliding_window_causal_mask if sliding else create_causal_mask
-            masks[layer_type] = create(config=config, inputs_embeds=x_btm, attention_mask=attention_mask, past_key_values=view)
-    return masks
 
 
 # ------------------------------------------------------------------------------------------------------------- models
@@ -399,6 +351,7 @@ class SwaxModel(SwaxPreTrainedModel):
             past_key_values = DynamicCache(config=self.config) if self.has_attention else SwaxRecurrentCache(self.config)
         banded = can_band(self.config, x_btm.shape[1], attention_mask, past_key_values)
         masks = layer_masks(self.config, x_btm, attention_mask, past_key_values, banded)
+        kernels = kernel_plan(self.config, x_btm, attention_mask, past_key_values)
         rotary = None
         if self.has_attention:
             if position_ids is None:
@@ -412,6 +365,7 @@ class SwaxModel(SwaxPreTrainedModel):
                 banded=banded and layer_type == "sliding_attention",
                 rotary=rotary,
                 past_key_values=past_key_values,
+                kernels=kernels,
             )
         if isinstance(past_key_values, SwaxRecurrentCache):
             past_key_values.seen_tokens += x_btm.shape[1]
@@ -454,6 +408,7 @@ class SwaxForCausalLM(SwaxPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **{key: value for key, value in kwargs.items() if key in ("output_hidden_states", "output_attentions")},
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -87,6 +87,7 @@ def _write(path: Path, tensors: dict[str, Planned], read: Callable[[str], Tensor
             tensor = read(name).contiguous()
             assert (tuple(tensor.shape), tensor.dtype) == (tensors[name].shape, tensors[name].dtype), name
             file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            del tensor  # before the next one is read
             if progress is not None:
                 progress(tensors[name].bytes)
         file.flush()

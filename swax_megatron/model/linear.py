@@ -19,7 +19,8 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
-from swax_megatron.model.parameters import Initial, declare
+from swax_megatron.model.initial import Initial, matrix, residual_matrix
+from swax_megatron.model.parameters import declare
 from swax_megatron.model.transformer_config import SwaxTransformerConfig
 
 
@@ -54,7 +55,7 @@ class ColumnLinear(nn.Module):
     def __init__(self, config: SwaxTransformerConfig, inputs: int, outputs: int, initial: Initial | None = None) -> None:
         super().__init__()
         self.weight = new_parameter(config, outputs // config.tensor_model_parallel_size, inputs)
-        declare(self.weight, initial or Initial("normal", config.model.init_std), shard_dim=0, decay=True)
+        declare(self.weight, initial or matrix(config.model), shard_dim=0, decay=True)
 
     def forward(self, x_sbh: Tensor) -> Tensor:
         return F.linear(x_sbh, self.weight)
@@ -65,9 +66,8 @@ class RowLinear(nn.Module):
 
     def __init__(self, config: SwaxTransformerConfig, inputs: int, outputs: int) -> None:
         super().__init__()
-        std = config.model.init_std / (2.0 * config.num_layers) ** 0.5  # residual branches start small
         self.weight = new_parameter(config, outputs, inputs // config.tensor_model_parallel_size)
-        declare(self.weight, Initial("normal", std), shard_dim=1, decay=True)
+        declare(self.weight, residual_matrix(config.model), shard_dim=1, decay=True)
 
     def forward(self, x_sbn: Tensor) -> Tensor:
         return F.linear(x_sbn, self.weight)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swax_megatron.model.initial import ONE
 from swax_megatron.model.linear import new_parameter
-from swax_megatron.model.parameters import Initial, declare
+from swax_megatron.model.parameters import declare
 from swax_megatron.model.transformer_config import SwaxTransformerConfig
 
 
@@ -19,7 +20,7 @@ class RMSNorm(nn.Module):
     def __init__(self, config: SwaxTransformerConfig, hidden_size: int, eps: float, **_: object) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = declare(new_parameter(config, hidden_size), Initial("constant", 1.0), sequence_parallel=config.sequence_parallel)
+        self.weight = declare(new_parameter(config, hidden_size), ONE, sequence_parallel=config.sequence_parallel)
 
     def forward(self, x_sbh: Tensor) -> Tensor:
         return F.rms_norm(x_sbh, (x_sbh.shape[-1],), self.weight, self.eps)
@@ -35,9 +36,7 @@ class HeadNorm(nn.Module):
     def __init__(self, config: SwaxTransformerConfig, channels: int) -> None:
         super().__init__()
         self.eps = config.model.norm_eps
-        self.weight = declare(
-            new_parameter(config, channels // config.tensor_model_parallel_size), Initial("constant", 1.0), shard_dim=0
-        )
+        self.weight = declare(new_parameter(config, channels // config.tensor_model_parallel_size), ONE, shard_dim=0)
 
     def forward(self, h_bthv: Tensor) -> Tensor:
         """(B, T, H, D) -> (B, T, H * D)"""

@@ -5,31 +5,13 @@ Initial weights are drawn by (model seed, global name, global index) alone, so t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
-import numpy as np
 import torch
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
-from swax_megatron import randomness
-
-_SLICE = 1 << 22  # normals drawn at a time: bounds the memory of initialisation
-
-
-@dataclass(frozen=True)
-class Initial:
-    """The initial value of a parameter.
-
-    normal: mean 0, standard deviation ``a``; constant: ``a``; linspace: from ``a`` to ``b`` along the first dimension.
-    """
-
-    kind: Literal["normal", "constant", "linspace"]
-    a: float
-    b: float = 0.0
+from swax_megatron.model.initial import Initial, fill
 
 
 def declare(
@@ -87,25 +69,4 @@ def initialize(chunk: nn.Module, seed: int, tensor_rank: int, tensor_size: int) 
     """Fill every parameter of a chunk with its declared initial value."""
     for name, parameter in named_global_parameters(chunk):
         shape, offsets = global_shape(parameter, tensor_size), global_offsets(parameter, tensor_rank)
-        initial = parameter.initial
-        if initial.kind == "constant":
-            parameter.fill_(initial.a)
-        elif initial.kind == "linspace":
-            values = torch.linspace(initial.a, initial.b, shape[0], dtype=torch.float32)
-            parameter.copy_(values[offsets[0] : offsets[0] + parameter.shape[0]])
-        else:
-            _fill_normal(parameter, initial.a, name, seed, shape, offsets)
-
-
-def _fill_normal(parameter: Tensor, std: float, name: str, seed: int, shape: tuple[int, ...], offsets: tuple[int, ...]) -> None:
-    columns = math.prod(shape[1:])
-    local_columns = math.prod(parameter.shape[1:])
-    first_column = offsets[1] if len(offsets) > 1 else 0
-    rows_at_once = max(1, _SLICE // columns)
-    flat = parameter.view(parameter.shape[0], local_columns)
-    for row in range(0, parameter.shape[0], rows_at_once):
-        count = min(rows_at_once, parameter.shape[0] - row)
-        start = (offsets[0] + row) * columns
-        values = randomness.normal(start, start + count * columns, f"weight:{name}", seed).reshape(count, columns)
-        values = np.ascontiguousarray(values[:, first_column : first_column + local_columns]) * np.float32(std)
-        flat[row : row + count].copy_(torch.from_numpy(values))
+        fill(parameter, parameter.initial, name, seed, shape, offsets)

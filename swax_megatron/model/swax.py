@@ -14,6 +14,7 @@ from torch import Tensor
 from swax_megatron.model import parameters
 from swax_megatron.model.cost import padded_vocab_size
 from swax_megatron.model.head import Head
+from swax_megatron.model.initial import matrix
 from swax_megatron.model.layers.specs import stage_spec
 from swax_megatron.model.transformer_config import SwaxTransformerConfig, transformer_config
 from swax_megatron.parallel.context import SequenceContext
@@ -30,7 +31,7 @@ class SwaxModel(LanguageModule):
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = config.model.tie_embeddings
         self.padded_vocab_size = padded_vocab_size(config.model.vocab_size)
-        table = parameters.Initial("normal", config.model.init_std)
+        table = matrix(config.model)
         if pre_process:
             self.embedding = LanguageModelEmbedding(
                 config, self.padded_vocab_size, sequence_length, position_embedding_type="none", tp_group=config.groups.tp

@@ -143,7 +143,7 @@ def test_bands_equal_the_dense_mask(backend, window, monkeypatch):
         banded, padded = model(ids).logits, model(ids, attention_mask=mask).logits
         first = model(ids[:, :250], attention_mask=mask[:, :250])
         second = model(ids[:, 250:], attention_mask=mask, past_key_values=first.past_key_values).logits
-        monkeypatch.setattr("swax_megatron.hf.modeling_swax.BAND_BLOCK", 1 << 20)
+        monkeypatch.setattr("swax_megatron.hf.masks_swax.BAND_BLOCK", 1 << 20)
         torch.testing.assert_close(banded, model(ids).logits, atol=2e-5, rtol=0)
         dense = model(ids, attention_mask=mask).logits
     torch.testing.assert_close(padded[mask.bool()], dense[mask.bool()], atol=2e-5, rtol=0)

@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("swax_megatron", "launcher", "data_prep")
 SOURCES = sorted(path for top in (*PACKAGES, "scripts", "benchmarks", "tests") for path in (ROOT / top).rglob("*.py"))
-SHIPPED = ("configuration_swax.py", "modeling_swax.py", "cell_swax.py")  # copied into the export: they stand alone
+# copied into the export: they stand alone
+SHIPPED = ("configuration_swax.py", "modeling_swax.py", "cell_swax.py", "kernels_swax.py", "masks_swax.py")
 
 
 def relative(path: Path) -> str:

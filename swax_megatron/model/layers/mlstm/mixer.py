@@ -11,17 +11,14 @@ from torch import Tensor, nn
 
 from swax_megatron.kernels.mlstm import mlstm
 from swax_megatron.kernels.mlstm.summary import mlstm_summary
+from swax_megatron.model.initial import MLSTM, ZERO, Initial
 from swax_megatron.model.layers.mixer import Mixer, split_heads
 from swax_megatron.model.linear import ColumnLinear, RowLinear, new_parameter
 from swax_megatron.model.norm import HeadNorm
-from swax_megatron.model.parameters import Initial, declare
+from swax_megatron.model.parameters import declare
 from swax_megatron.model.transformer_config import SwaxTransformerConfig
 from swax_megatron.parallel.context import SequenceContext
 from swax_megatron.parallel.context_exchange.memory import incoming_memory
-
-INPUT_GATE_BIAS = Initial("constant", -10.0)
-FORGET_GATE_BIAS = Initial("linspace", 3.0, 6.0)  # over the heads: from short to long memory
-ZERO = Initial("constant", 0.0)
 
 
 class GateProjection(nn.Module):
@@ -51,8 +48,8 @@ class MlstmMixer(Mixer):
         self.k_proj = ColumnLinear(config, config.hidden_size, qk)
         self.v_proj = ColumnLinear(config, config.hidden_size, values)
         self.ogate_proj = ColumnLinear(config, config.hidden_size, values, ZERO)
-        self.igate_proj = GateProjection(config, INPUT_GATE_BIAS)
-        self.fgate_proj = GateProjection(config, FORGET_GATE_BIAS)
+        self.igate_proj = GateProjection(config, MLSTM["igate_proj.bias"])
+        self.fgate_proj = GateProjection(config, MLSTM["fgate_proj.bias"])
         self.head_norm = HeadNorm(config, values)
         self.out_proj = RowLinear(config, values, config.hidden_size)
 
