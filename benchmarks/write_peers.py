@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 EPILOG = """example:
-  peers/bin/python benchmarks/write_peers.py mds --input corpus.jsonl --tokenizer tokenizer.model --out /tmp/mds --workers 2"""
+  peers/bin/python -m benchmarks.write_peers mds --input corpus.jsonl --tokenizer tokenizer.model --out /tmp/mds --workers 2"""
 
 
 def texts(path: str, part: int = 0, parts: int = 1) -> Any:

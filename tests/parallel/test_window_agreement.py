@@ -48,7 +48,7 @@ LAYERS = [[1, 5], [3, 7]]  # global S layers of (MS)x4 by stage: the second laye
 
 def record_windows(raw: dict[str, Any]) -> dict[str, Any]:
     """What every attention core of this rank is called with: (step, global layer, window) of training, by step; and of
-    validation (layer, window) by the loss of the pass.
+    validation (layer, window), summed loss and targets of every pass.
 
     The layer is told by where the module stands in this rank's chunks, not by what the module takes itself for.
     """
@@ -58,7 +58,7 @@ def record_windows(raw: dict[str, Any]) -> dict[str, Any]:
 
     calls: list[tuple[int, int, int]] = []
     running: list[int] = []
-    passes: dict[float, Counter] = {}
+    passes: list[tuple[Counter, float, float]] = []
     swa, core, run_microbatches = mixer.swa, mixer.AttentionMixer.core, validation.run_microbatches
 
     with runs.layout(raw) as (config, groups):
@@ -80,7 +80,7 @@ def record_windows(raw: dict[str, Any]) -> dict[str, Any]:
         def recording_pass(*arguments: Any, **named: Any) -> Any:
             calls.clear()
             totals = run_microbatches(*arguments, **named)
-            passes[totals.loss] = Counter((layer, window) for _, layer, window in calls)
+            passes.append((Counter((layer, window) for _, layer, window in calls), totals.loss * totals.targets, totals.targets))
             return totals
 
         mixer.swa, mixer.AttentionMixer.core, validation.run_microbatches = recording_swa, recording_core, recording_pass
@@ -102,7 +102,7 @@ def record_windows(raw: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_every_call_gets_the_drawn_window(recompute: str, corpus: Path, tmp_path: Path, workers: Callable[[int], Workers]) -> None:
     """PP2, two virtual chunks a stage, per-layer windows: 2 S layers a rank, 4 microbatches, forward and recomputation;
-    then validation, where the loss named after a window is that of a pass in which every S layer had that window.
+    then validation, where the loss named after a window is that of the passes in which every S layer had that window.
     """
     raw = runs.small_config(
         corpus,
@@ -124,7 +124,12 @@ def test_every_call_gets_the_drawn_window(recompute: str, corpus: Path, tmp_path
         losses, passes = report["losses"], report["passes"]
         assert losses == reports[0]["losses"]
         assert losses.keys() == {"loss/validation", *(f"loss/validation/window_{window}" for window in (5, 14, 23, 40))}
-        assert len(passes) == 4, "equal losses at two windows: the passes cannot be told apart"
+        assert len({losses[f"loss/validation/window_{window}"] for window in (5, 14, 23, 40)}) == 4, "two windows could swap unseen"
         for window in (5, 14, 23, 40):
-            assert passes[losses[f"loss/validation/window_{window}"]] == {(layer, window): validation_batches for layer in LAYERS[rank]}
+            own = [entry for entry in passes if {seen for _, seen in entry[0]} == {window}]
+            calls = sum((entry[0] for entry in own), Counter())
+            assert calls == {(layer, window): validation_batches for layer in LAYERS[rank]}
+            loss = sum(entry[1] for entry in own) / sum(entry[2] for entry in own)
+            assert losses[f"loss/validation/window_{window}"] == pytest.approx(loss, rel=1e-12)
+        assert len(passes) == 4 * 2, "six microbatches a window in passes of at most a step's four"
         assert losses["loss/validation"] == losses["loss/validation/window_40"]
