@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Memory(Callback):
     """Medians over heads as scalars, all heads as histograms. The same rows every time, at the step's windows.
 
-    Of each microbatch the longest document of the first row is measured (under context parallelism, of this rank's piece).
+    The longest document of the first row is measured (under context parallelism, of this rank's piece of it).
     """
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
@@ -36,7 +36,7 @@ class Memory(Callback):
         groups, train = trainer.groups, trainer.config.train
         plan, _ = trainer.data.plan(trainer.data.initial_state(), train.micro_batch_size * groups.replicas * groups.pipeline_size)
         heads: dict[str, Tensor] = {}
-        with watched(trainer.backend.chunks, heads.__setitem__), torch.no_grad():
+        with watched(trainer.backend.chunks, heads.setdefault), torch.no_grad():
             job = Pass(trainer.config, groups, trainer.backend.chunks, result.windows)
             run_microbatches(job, trainer.load_microbatches(plan), backward=False)
         first = groups.replica == 0 and (groups.context is None or groups.context.rank == 0)

@@ -135,6 +135,7 @@ def test_a_spike_that_stays_goes_back_and_jumps_over_the_data(corpus: Path, tmp_
 def targets_of_samples(raw: dict[str, Any], sample: int, batches: int) -> list[float]:
     """Number of targets of the global batches from a sample on, straight from the mixture."""
     from swax_megatron.config import from_dict
+    from swax_megatron.data.packing import pack
     from swax_megatron.sources import build_mixture
 
     config = from_dict(raw)
@@ -144,7 +145,8 @@ def targets_of_samples(raw: dict[str, Any], sample: int, batches: int) -> list[f
     for _ in range(batches):
         plan, state = mixture.plan(state, config.train.global_batch_size)
         batch = mixture.load(plan)
-        found.append(float(batch.mask_bt1[:, 1:].sum()))
+        packed = pack(batch.ids_bt1, batch.mask_bt1, mixture.streams[0].dataset.eos_id, config.model.document_boundary)
+        found.append(float(packed.loss_mask_bt.sum()))
     return found
 
 

@@ -74,7 +74,6 @@ def test_a_ramp_a_curriculum_and_best_fit_rows_through_the_trainer(corpus, tmp_p
     rows = [sum(line["data/batch_rows"] for line in whole[: step + 1]) for step in range(6)]
     seen = [line["data/tokens_seen"] for line in whole]
     assert all(0.8 * total < tokens / runs.SEQUENCE_LENGTH <= total for total, tokens in zip(rows, seen, strict=True))
-    assert seen[-1] < rows[-1] * runs.SEQUENCE_LENGTH  # some of it is padding
     assert whole[2]["data/epoch/a"] == whole[5]["data/epoch/a"] and whole[2]["data/epoch/b"] < whole[5]["data/epoch/b"]
     assert all(0 <= line["time/data_wait_fraction"] <= 1 for line in whole + parted)
 
@@ -84,7 +83,8 @@ def test_damage_that_is_met_while_training_stops_in_words(tmp_path, workers):
     write_ids(tmp_path / "a", random_documents(400, vocab_size=200), vocab_size=200, shard_bytes=1 << 20)
     raw = runs.small_config(tmp_path, tmp_path / "run", validation={"interval": 0})
     raw["data"] = {"train": [{"path": str(tmp_path / "a")}], "sequence_length": runs.SEQUENCE_LENGTH}
-    assert "shard-000000.tar ends at byte" in workers(1).run(train_over_a_cut_file, raw, str(tmp_path / "a" / "shard-000000.tar"))[0]
+    told = workers(1).run(train_over_a_cut_file, raw, str(tmp_path / "a" / "shard-000000.tar"))[0]
+    assert "shard-000000.tar" in told and ("ends at byte" in told or "bytes where the manifest states" in told)
 
 
 def train_over_a_cut_file(raw: dict, tar: str) -> str:

@@ -82,7 +82,7 @@ def test_the_console(corpus: Path, tmp_path: Path) -> None:
     job = launch(raw, tmp_path / "config.yaml", 2)
     assert job.wait(timeout=240) == 0
     text = (tmp_path / "config.log").read_text()
-    assert "parameters, step 0 of 4, 2 processes (tensor 1, pipeline 1, data 2)" in text
+    assert "parameters, step 0 of 4, 2 processes (tensor 1, pipeline 1, context 1, data 2)" in text
     assert from_dict(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())) == from_dict(raw)
     (last,) = [line for line in text.splitlines() if "step 4/4" in line]
     for part in ("loss ", "validation ", "window ", "tok/s", "MFU ", "ETA 0:00"):
