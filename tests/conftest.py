@@ -12,12 +12,14 @@ from tests.workers import Workers
 
 
 class Pools:
-    """pools(n): the session's pool of n processes; a pool that a failed test took down is started anew."""
+    """pools(n): the session's pool of n processes; one that a failed test took down, or that is crowded, is started anew."""
 
     def __init__(self) -> None:
         self._pools: dict[int, Workers] = {}
 
     def __call__(self, size: int) -> Workers:
+        if size in self._pools and self._pools[size].crowded:
+            self.keep(*self._pools.keys() - {size})
         if size not in self._pools or not self._pools[size].alive:
             self._pools[size] = Workers(size)
         return self._pools[size]

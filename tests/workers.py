@@ -14,8 +14,10 @@ import socket
 import traceback
 from typing import Any
 
+import psutil
 import torch.multiprocessing as multiprocessing
 
+CROWD = 160  # threads of one worker: a layout's groups take up to sixty
 # seconds a task may take before the pool is taken for hung; every rank then prints where it stands
 TIMEOUT = float(os.environ.get("SWAX_TEST_TASK_SECONDS", "240"))
 
@@ -63,6 +65,11 @@ class Workers:
     @property
     def alive(self) -> bool:
         return all(process.is_alive() for process in self._processes)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether groups of earlier tasks are still held (DeepSpeed's stage 3 does): their threads wake a hundred times a second."""
+        return self.alive and max(psutil.Process(process.pid).num_threads() for process in self._processes) > CROWD
 
     def close(self) -> None:
         for process in self._processes:

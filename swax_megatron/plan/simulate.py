@@ -16,6 +16,7 @@ from math import prod
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -106,7 +107,7 @@ def _check_rows(config: Config, world_size: int, place: dict[str, dict[int, int]
 
     parallel, length = config.parallel, config.data.sequence_length
     replicas = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
-    source = SimpleNamespace(sequence_length=length)
+    source = SimpleNamespace(sequence_length=length, dataset=SimpleNamespace(dtype=np.dtype("<u2")))
     names = [source.name for source in config.data.train]
     weights = [each.weight for each in config.data.train]
     mixture = Mixture([source] * len(names), weights, names, config.train.data_seed)

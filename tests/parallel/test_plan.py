@@ -118,6 +118,7 @@ def test_bytes_of_context_parallelism_are_those_that_are_sent(recompute: str, co
         model={"pattern": "MSFS"},
         parallel={"context": 2},
         train={"steps": 1, "recompute": recompute},
+        optimizer={"warmup": 0},
         window={"schedule": "fixed", "windows": [23], "probabilities": None, "anneal_fraction": 0.0},
     )
     planned = Layout.of(from_dict(raw), 2, "reference")
