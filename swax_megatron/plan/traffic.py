@@ -74,15 +74,19 @@ def data_bytes(layout: Layout, stage: int) -> float:
 
 
 def context_bytes(layout: Layout, stage: int, window: int) -> float:
-    """A micro-batch's window halos and memories, forward and back; forward again where mixers are recomputed."""
-    passes = 2 if layout.config.train.recompute == "none" else 3
-    length, rows = layout.config.data.sequence_length, layout.config.train.micro_batch_size
-    each = sum(
-        COSTS[kind].context_bytes(layout.config.model, length, window, layout.width, layout.context)
-        for chunk in layout.stage(stage)
-        for kind in chunk
-    )
-    return passes * rows * each / layout.tensor
+    """What the busiest rank sends of a micro-batch's window halos and memories: forward, again where mixers are recomputed, and back.
+
+    Forward goes to the right and backward to the left, so the first rank has nothing to send in backward, the last one in forward.
+    """
+    forwards = 1 if layout.config.train.recompute == "none" else 2
+    model, length = layout.config.model, layout.config.data.sequence_length
+    kinds = [kind for chunk in layout.stage(stage) for kind in chunk]
+    sent = [
+        sum(COSTS[kind].context_bytes(model, length, window, layout.width, layout.context, rank) for kind in kinds)
+        for rank in range(layout.context)
+    ]
+    busiest = max(forwards * ahead + back for ahead, back in zip(sent, reversed(sent), strict=True))
+    return busiest * layout.config.train.micro_batch_size / layout.tensor
 
 
 def hidden_bytes(layout: Layout) -> float:

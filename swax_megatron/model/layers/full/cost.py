@@ -20,6 +20,6 @@ def footprint(model: ModelConfig, length: int, window: int, width: int, kernels:
     return swa.footprint(model, length, length, width, kernels, chunk)
 
 
-def context_bytes(model: ModelConfig, length: int, window: int, width: int, ranks: int) -> float:
-    """Bytes that the busiest rank, the first, sends for one row's forward pass: its keys and values to all others."""
-    return swa.context_bytes(model, length, length, width, ranks)
+def context_bytes(model: ModelConfig, length: int, window: int, width: int, ranks: int, rank: int = 0) -> float:
+    """Bytes that a rank (the first: the most) sends for one row's forward pass: its keys and values to all behind it."""
+    return swa.context_bytes(model, length, length, width, ranks, rank)

@@ -47,9 +47,9 @@ def footprint(model: ModelConfig, length: int, window: int, width: int, kernels:
     return Footprint(inputs, core, width * values, states, whole)
 
 
-def context_bytes(model: ModelConfig, length: int, window: int, width: int, ranks: int) -> float:
-    """Bytes that the busiest rank sends for one row's forward pass: ceil(log2 P) fp32 memories, and the stabilisers."""
+def context_bytes(model: ModelConfig, length: int, window: int, width: int, ranks: int, rank: int = 0) -> float:
+    """Bytes that a rank (the first: the most) sends for one row's forward pass: at most ceil(log2 P) fp32 memories, and the stabilisers."""
     if ranks == 1:
         return 0.0
     memory = 4.0 * model.mlstm_heads * model.mlstm_qk_dim * (model.mlstm_v_dim + 1)
-    return (ranks - 1).bit_length() * memory + 2 * 4.0 * model.mlstm_heads * (ranks - 1)
+    return (ranks - 1 - rank).bit_length() * memory + 2 * 4.0 * model.mlstm_heads * (ranks - 1)

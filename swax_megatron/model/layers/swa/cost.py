@@ -47,12 +47,13 @@ def footprint(model: ModelConfig, length: int, window: int, width: int, kernels:
     return Footprint(inputs, core, float(width * queries))
 
 
-def context_bytes(model: ModelConfig, length: int, window: int, width: int, ranks: int) -> float:
-    """Bytes that the busiest rank sends for one row's forward pass: the keys and values of the last window - 1 positions.
+def context_bytes(model: ModelConfig, length: int, window: int, width: int, ranks: int, rank: int = 0) -> float:
+    """Bytes that a rank (the first: the most) sends for one row's forward pass: keys and values of its last window - 1 positions.
 
-    length: tokens of the whole row. A window larger than a piece reaches over several neighbours; nobody asks for more than all.
+    length: tokens of the whole row. A window larger than a piece reaches over several neighbours, as far as there are
+    any to the right. In backward the rank at the mirrored place sends as much to the left.
     """
     if ranks == 1:
         return 0.0
-    reach = min(window - 1, length - length // ranks)
+    reach = min(window - 1, (ranks - 1 - rank) * (length // ranks))
     return float(reach * 2 * model.attention_kv_heads * model.attention_head_dim * width)
