@@ -17,8 +17,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from swax_megatron.checkpoint.store import open_checkpoint
 from swax_megatron.config import from_dict
 from swax_megatron.data.recall import EOS
-from swax_megatron.hf.export import PARAMETER, find_checkpoint, find_tokenizer, plan_weights, swax_config
+from swax_megatron.hf.export import PARAMETER, find_checkpoint, find_tokenizer, plan_weights
 from swax_megatron.hf.modeling_swax import SwaxForCausalLM
+from swax_megatron.hf.targets import swax_config, swax_target
 from swax_megatron.hf.tokenizer import export_tokenizer
 
 Progress = Callable[[str, int, int], None]  # what, done, of how many
@@ -128,11 +129,11 @@ def _from_checkpoint(path: Path, dtype: torch.dtype) -> Loaded:
     """The fp32 masters in ``dtype`` (the gates stay fp32, as in training)."""
     checkpoint = open_checkpoint(find_checkpoint(path))
     config = from_dict(checkpoint.config)
-    exported = swax_config(config, bos=1, eos=EOS)
-    plan, training = plan_weights(checkpoint, config, exported, dtype)
-    model = SwaxForCausalLM(exported)
+    target = swax_target(config)
+    plan = plan_weights(checkpoint, config, target, dtype)
+    model = SwaxForCausalLM(swax_config(config, bos=1, eos=EOS))
     weights = {
-        name: checkpoint.read_tensor(PARAMETER + training[name])[: wanted.shape[0]].to(wanted.dtype) for name, wanted in plan.items()
+        name: checkpoint.read_tensor(PARAMETER + target.names[name])[: wanted.shape[0]].to(wanted.dtype) for name, wanted in plan.items()
     }
     model.load_state_dict(weights, strict=False, assign=True)  # plan_weights compared every name and shape
     model.tie_weights()
