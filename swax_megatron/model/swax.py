@@ -52,7 +52,7 @@ class SwaxModel(LanguageModule):
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 
-    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor] | None) -> None:
         """The hidden states received from the previous stage (called by Megatron's schedules)."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 

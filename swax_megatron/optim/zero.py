@@ -116,10 +116,11 @@ class ZeroBackend:
         """What both of DeepSpeed's optimizers take."""
         optimizer = self._config.optimizer
         names = {parameter: f"{i}.{name}" for i, chunk in enumerate(self.chunks) for name, parameter in chunk.named_parameters()}
+        sizes = [parameter.numel() for parameter in self._parameters]
         return {
             "param_names": names,
             "timers": NoopTimer(),
-            "reduce_bucket_size": max(_BUCKET_ELEMENTS, *(parameter.numel() for parameter in self._parameters)),
+            "reduce_bucket_size": max(min(_BUCKET_ELEMENTS, sum(sizes)), *sizes),  # stage 3 holds a bucket of this size always
             "dp_process_group": self._groups.data,
             "reduce_scatter": True,
             "overlap_comm": optimizer.overlap_gradients,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
 from torch import nn
 
 
@@ -25,7 +26,7 @@ def pipeline_schedule(
     iterators: Any = [iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches)
     for chunk in chunks:
         chunk.train(backward)
-    return get_forward_backward_func()(
+    reports = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators,
         model=list(chunks) if len(chunks) > 1 else chunks[0],
@@ -34,3 +35,7 @@ def pipeline_schedule(
         micro_batch_size=rows,
         forward_only=not backward,
     )
+    for chunk in chunks:
+        # Megatron would keep the neighbour's last hidden states, and their gradient, till the next step
+        get_attr_wrapped_model(chunk, "set_input_tensor")(None)
+    return reports

@@ -88,11 +88,12 @@ def _cluster(options: argparse.Namespace) -> Cluster:
 def _report(layout: Layout, cluster: Cluster) -> bool:
     print(describe(layout))
     print(f"\nGiB on one GPU of each stage (of {cluster.gib:g}, of which {USABLE:.0%} are counted on)")
-    names = [item.name for item in fields(Memory)]
-    print("  stage  " + "  ".join(f"{name:>11}" for name in [*names, "total"]))
+    aside = ["host", "resident"]
+    names = [item.name for item in fields(Memory) if item.name not in aside] + ["total", *aside]
+    print("  stage  " + "  ".join(f"{name:>11}" for name in names))
     for stage in range(layout.pipeline):
         need = memory(layout, stage)
-        print(f"  {stage:5}  " + "  ".join(f"{getattr(need, name) / GIB:11.2f}" for name in [*names, "total"]))
+        print(f"  {stage:5}  " + "  ".join(f"{getattr(need, name) / GIB:11.2f}" for name in names))
     stage, need = fullest(layout)
     fits = need.total <= USABLE * cluster.gib * GIB
     print(f"  {'fits' if fits else 'DOES NOT FIT'}: stage {stage} needs {need.total / GIB:.1f} GiB")

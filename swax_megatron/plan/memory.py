@@ -13,6 +13,7 @@ from swax_megatron.model.cost import COSTS
 from swax_megatron.plan.layout import Layout
 
 BUCKET = 50_000_000  # elements that the backends reduce or gather at a time
+GATHERED = 1_000_000_000  # elements of weights that DeepSpeed's stage 3 may hold whole at a time
 
 
 @dataclass(frozen=True)
@@ -27,21 +28,24 @@ class Memory:
     logits: float
     working: float
     host: float = 0.0  # in host memory: offloaded state
+    resident: float = 0.0  # of all these, what stays on the device between two steps
 
     @property
     def total(self) -> float:
         """Bytes on the device."""
-        return sum(getattr(self, item.name) for item in fields(self) if item.name != "host")
-
-    @property
-    def resident(self) -> float:
-        """Bytes between two steps."""
-        return self.weights + self.optimizer
+        return sum(getattr(self, item.name) for item in fields(self) if item.name not in ("host", "resident"))
 
 
 def memory(layout: Layout, stage: int) -> Memory:
     """The fullest rank of a pipeline stage, at the largest window of the run."""
     weights, gradients, optimizer, host, update = _persistent(layout, stage)
+    resident = weights + optimizer
+    if layout.config.optimizer.backend == "megatron":
+        resident += gradients  # one buffer, zeroed and filled again
+    elif layout.config.optimizer.zero_stage == 3:
+        gradients += _bucket(layout, stage)
+        resident += gradients
+        weights += layout.width * min(GATHERED, layout.parameters(stage))  # in forward and backward
     held = [_chunk(layout, chunk) for chunk in layout.stage(stage)]
     flying = layout.in_flight(stage)
     activations = sum(kept * count for (kept, _, _), count in zip(held, flying, strict=True))
@@ -59,7 +63,7 @@ def memory(layout: Layout, stage: int) -> Memory:
     working = max(0.0, max(passing, _received(layout)) - logits)
     spare = activations + states + logits + working
     working += max(0.0, update - spare)
-    return Memory(weights, gradients, optimizer, activations, states, logits, working, host)
+    return Memory(weights, gradients, optimizer, activations, states, logits, working, host, resident)
 
 
 def fullest(layout: Layout) -> tuple[int, Memory]:
@@ -86,10 +90,17 @@ def _persistent(layout: Layout, stage: int) -> tuple[float, float, float, float,
 
 def _update(layout: Layout, level: int, count: float, mine: float) -> float:
     """The reduced gradients as the optimizer wants them, and a bucket under way."""
-    bucket = 4.0 * min(BUCKET, count) if layout.shards > 1 else 0.0
+    bucket = 4.0 * min(BUCKET, count) if layout.shards > 1 and level < 3 else 0.0
     if layout.config.optimizer.backend == "megatron":
         return 4.0 * mine
     return bucket + (8.0 if level < 2 else 4.0) * mine
+
+
+def _bucket(layout: Layout, stage: int) -> float:
+    """Stage 3's gradients on their way to the other ranks: a buffer that every weight fits in."""
+    model = layout.config.model
+    largest = model.hidden_size * max(layout.vocabulary, model.ffn_hidden_size // layout.tensor)
+    return 4.0 * max(min(BUCKET, layout.parameters(stage)), largest)
 
 
 def _chunk(layout: Layout, kinds: str) -> tuple[float, float, float]:
@@ -97,15 +108,15 @@ def _chunk(layout: Layout, kinds: str) -> tuple[float, float, float]:
     recompute, kept, states, moment = layout.config.train.recompute, 0.0, 0.0, 0.0
     for kind in kinds:
         whole, core, part = _layer(layout, kind)
+        moment = max(moment, _gradients(layout))
         if recompute == "full":
             kept += layout.width * layout.config.model.hidden_size * layout.tokens / layout.split
             moment = max(moment, whole + _gradients(layout))
         elif recompute == "selective":
             kept += whole - core
-            moment = max(moment, core + _gradients(layout))
+            moment = max(moment, core + _residual(layout) - _feedforward(layout))  # whose turn in backward came before
         else:
             kept, states = kept + whole - part, states + part
-            moment = max(moment, _gradients(layout))
     return kept, states, moment
 
 
@@ -115,14 +126,18 @@ def _layer(layout: Layout, kind: str) -> tuple[float, float, float]:
     window = max(window for _, window in layout.windows())
     chunk = layout.config.kernels.mlstm_chunk
     mixer = COSTS[kind].footprint(model, layout.piece, window, width, layout.kernels, chunk)
-    hidden = model.hidden_size
-    norm = _norm(layout)
-    inputs = width * hidden  # of the projections: whole, since gathered
-    feedforward = 4.0 * width * model.ffn_hidden_size / layout.tensor
-    outside = 2 * norm * tokens / layout.split + (2 * inputs + feedforward + mixer.whole) * tokens
+    # the projections' input: whole, since gathered
+    before = _norm(layout) * tokens / layout.split + (width * model.hidden_size + mixer.whole) * tokens
     inside = tokens / layout.tensor
-    whole = outside + (mixer.core + mixer.output) * inside
+    whole = before + (mixer.core + mixer.output) * inside + _feedforward(layout)
     return whole, max(0.0, mixer.core - mixer.inputs) * inside, mixer.states * inside
+
+
+def _feedforward(layout: Layout) -> float:
+    """What the SwiGLU of one layer and the norm before it keep."""
+    model, width = layout.config.model, layout.width
+    each = width * (model.hidden_size + 4.0 * model.ffn_hidden_size / layout.tensor)
+    return (_norm(layout) / layout.split + each) * layout.tokens
 
 
 def _norm(layout: Layout) -> float:
@@ -131,17 +146,21 @@ def _norm(layout: Layout) -> float:
     return layout.width * hidden + 4.0 if layout.kernels == "triton" else 8.0 * hidden + 4.0
 
 
+def _residual(layout: Layout) -> float:
+    """The gradient of a micro-batch's hidden states."""
+    return layout.width * layout.tokens * layout.config.model.hidden_size / layout.split
+
+
 def _gradients(layout: Layout) -> float:
-    """Gradients on their way through one layer: the residual's, and the widest of the SwiGLU's."""
-    model = layout.config.model
-    return layout.width * layout.tokens * (2 * model.hidden_size / layout.split + 3 * model.ffn_hidden_size / layout.tensor)
+    """Gradients on their way through a SwiGLU: the residual's, and those of gate and up."""
+    return _residual(layout) + layout.width * layout.tokens * 2 * layout.config.model.ffn_hidden_size / layout.tensor
 
 
 def _received(layout: Layout) -> float:
     """A micro-batch's hidden states from the neighbour stage and their gradient."""
     if layout.pipeline == 1:
         return 0.0
-    return 2.0 * layout.width * layout.config.model.hidden_size * layout.tokens / layout.split
+    return 2.0 * _residual(layout)
 
 
 def _head(layout: Layout) -> tuple[float, float]:
