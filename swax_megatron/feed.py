@@ -34,11 +34,11 @@ class Feed:
     def take(self, state: StreamState, step: int) -> tuple[list[Batch], StreamState, int]:
         """This rank's microbatches of ``step``, the state of the data after it, and the global batch's tokens without padding.
 
-        Raises RunError where the data cannot be read, ValueError where it is damaged.
+        Raises RunError where the data cannot be read (any more), or is damaged.
         """
         try:
             loaded, after = self._prefetcher.take(state, step)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise RunError(f"step {step}: training data cannot be read ({error}); mend that and start the run again") from error
         return [self._to_device(batch) for batch, _ in loaded], after, self._count(step, sum(tokens for _, tokens in loaded))
 

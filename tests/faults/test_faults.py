@@ -106,14 +106,14 @@ def test_a_rare_long_step_is_no_hang() -> None:
 
 @pytest.mark.parametrize("name", ["disk full while saving", "data shard gone"])
 def test_documented_stops(name: str, whole: Path, tmp_path: Path, workers: Any) -> None:
-    """Exit code 1 (2 for missing data) and one sentence that names the file; mended, the run goes on as if nothing was."""
+    """Exit code 1 (2 where a start meets it) and one sentence that names the file; mended, the run goes on as if nothing was."""
     data = write_corpus(tmp_path / "corpus_") if (tmp_path / "corpus_").mkdir() is None else tmp_path
     if name == "disk full while saving":
         raw = faulty(data, tmp_path / "run", "disk_full", fault_step=5)
         sentence = "error: checkpoint step_6 was not saved: rank 1: OSError"
     else:
         raw = jobs.config(data, tmp_path / "run")
-        sentence = "is missing; copy the data set again"
+        sentence = r"training data cannot be read \(.*/a/shard-\d+\.tar is missing; copy the data set again\)"
     job = jobs.Job(raw)
     if name == "data shard gone":
         job.until_step(0)
@@ -121,9 +121,8 @@ def test_documented_stops(name: str, whole: Path, tmp_path: Path, workers: Any) 
         away.mkdir()
         for shard in (data / "a").glob("*.tar"):
             shutil.move(shard, away / shard.name)
-    code = ExitCode.USER_ERROR if name == "data shard gone" else ExitCode.RUN_ERROR
-    assert job.ended() == code, job.text()[-3000:]
-    assert sentence in job.text()
+    assert job.ended() == ExitCode.RUN_ERROR, job.text()[-3000:]
+    assert re.search(sentence, job.text()), job.text()[-3000:]
     if name == "data shard gone":
         assert jobs.run(raw) == ExitCode.USER_ERROR
         for shard in away.iterdir():
