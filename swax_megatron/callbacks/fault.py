@@ -75,7 +75,7 @@ class Fault(Callback):
         if kind in signals:
             os.kill(os.getpid(), signals[kind])
         elif kind == "gil":
-            ctypes.PyDLL(None).sleep(int(seconds))  # a C function called with the lock held
+            _hold_interpreter(seconds)
         elif kind == "sleep":
             time.sleep(seconds)
         elif kind == "exception":
@@ -91,3 +91,11 @@ class Fault(Callback):
         except FileExistsError:
             return False
         return True
+
+
+def _hold_interpreter(seconds: float) -> None:
+    """Wait in a C function with the interpreter's lock held; unlike a sleep, no signal ends a wait for a mutex."""
+    library, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(128)  # zeros: an open mutex
+    until = (ctypes.c_long * 2)(int(time.time() + seconds), 0)  # a timespec
+    library.pthread_mutex_lock(mutex)
+    library.pthread_mutex_timedlock(mutex, until)

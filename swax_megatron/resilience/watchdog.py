@@ -52,6 +52,8 @@ class Watchdog(threading.Thread):
         self.beats = 0
         self.done = threading.Event()
         self.locked_out: Any = None
+        self.beat()  # before anything can go wrong: a report names every rank's host and process
+        self._arm(limits[2] + 3 * BEAT + GATHER)
 
     def run(self) -> None:
         while not self.done.wait(BEAT):
@@ -118,13 +120,15 @@ class Watchdog(threading.Thread):
             first = self.store.add(f"{self.prefix}/hang", 1) == 1
         if first:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.report(call, before, after)
+            sentence = self.report(call, before, after)
+            print(sentence, file=sys.stderr, flush=True)
             with contextlib.suppress(RuntimeError):
-                self.store.set(f"{self.prefix}/reported", "yes")
+                self.store.set(f"{self.prefix}/reported", sentence)
+            return self.end(told=True)
         self.end()
 
-    def end(self) -> None:
-        """Write this rank's traces and leave, when the report is written."""
+    def end(self, told: bool = False) -> None:
+        """Write this rank's traces and leave, when the report is written. Every rank's log gets the report's sentence."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write_stacks()
         recorder = threading.Thread(target=self._write_flight_recorder, daemon=True)
@@ -134,6 +138,8 @@ class Watchdog(threading.Thread):
         with contextlib.suppress(RuntimeError):
             while time.monotonic() < deadline and not self.store.check([f"{self.prefix}/reported"]):
                 time.sleep(0.1)
+            if not told and self.store.check([f"{self.prefix}/reported"]):
+                print(self.store.get(f"{self.prefix}/reported").decode(), file=sys.stderr, flush=True)
         leave(ExitCode.HUNG)
 
     def heartbeats(self) -> dict[int, dict[str, Any]]:
@@ -142,8 +148,8 @@ class Watchdog(threading.Thread):
         there = [rank for rank, key in keys.items() if self.store.check([key])]
         return {rank: json.loads(self.store.get(keys[rank])) for rank in there}
 
-    def report(self, call: str, before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]]) -> None:
-        """report.json, two events, one sentence."""
+    def report(self, call: str, before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]]) -> str:
+        """report.json and two events; the sentence to tell."""
         silent, behind = missing(before, after, self.size)
         if silent:
             who = f"no heartbeat from rank(s) {names(silent, after or before)}: stopped, dead, or holding the interpreter's lock"
@@ -156,7 +162,7 @@ class Watchdog(threading.Thread):
         (self.folder / "report.json").write_text(json.dumps(verdict, indent=1), encoding="utf-8")
         self.events.write("hang", call=call, silent=silent, behind=behind, traces=str(self.folder))
         self.events.write("end", code=int(ExitCode.HUNG))
-        print(f"error: hang: {call}; {who}. Stacks of every rank: {self.folder}", file=sys.stderr, flush=True)
+        return f"error: hang: {call}; {who}. Stacks of every rank: {self.folder}"
 
     def _waits(self) -> bool:
         """Whether any thread but this one stands in a torch.distributed call, or in Megatron's exchange between stages."""
