@@ -17,7 +17,11 @@ load_site() {
         command -v module >/dev/null || die "SWAX_MODULES is set, but this node has no 'module' command: source its setup in slurm/site.sh"
         module purge && module load $SWAX_MODULES
     fi
-    [ -z "${SWAX_VENV:-}" ] || . "$SWAX_VENV/bin/activate"
+    if [ -n "${SWAX_VENV:-}" ]; then
+        . "$SWAX_VENV/bin/activate"
+    elif [ -z "${SWAX_CONTAINER:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -f "$home/.venv/bin/activate" ]; then
+        . "$home/.venv/bin/activate"   # what `make install` made
+    fi
     python=${SWAX_PYTHON:-python}
     scratch=${SWAX_SCRATCH:-/tmp}
     [ -n "${SWAX_SCRATCH:-}" ] || say "SWAX_SCRATCH is not set: caches go to /tmp on each node"

@@ -93,6 +93,7 @@ class Ranks:
         self.logs = [self.folder / f"log_{number}_{rank}.txt" for rank in range(RANKS)]
         self.alive = []
         for rank, log in enumerate(self.logs):
+            log.touch()
             environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             named = {name: str(value) for name, value in environment.items()}
             self._server.stdin.write(json.dumps({"config": str(config), "log": str(log), "environment": named}) + "\n")
@@ -163,7 +164,7 @@ def chain(corpus: Path, folder: Path, kills: int, seed: int, workers: Any) -> li
 def _kills(ranks: Ranks, raw: dict[str, Any], expected: list[float], kills: int, draw: random.Random, deaths: list[Death]) -> None:
     run_dir = Path(raw["run_dir"])
     root = run_dir / "checkpoints"
-    duration = 1.0  # seconds a save takes, learnt from the saves that were seen
+    duration = 1.0  # seconds that the last save took
     for number in range(kills):
         background = number % 2 == 0
         phase = "load" if number % 6 == 5 else "save"
@@ -176,15 +177,13 @@ def _kills(ranks: Ranks, raw: dict[str, Any], expected: list[float], kills: int,
             ranks.wait_until(lambda: "resuming from" in ranks.logs[0].read_text())
             time.sleep(draw.uniform(0.0, 0.4))
         else:
-            wanted = before + draw.randint(0, 2)  # complete ones of this start before the one to be hit
-            ranks.wait_until(lambda wanted=wanted: not wanted or newest_step(root) >= wanted)
-            ranks.wait_until(temporary.now)
-            began = time.monotonic()
-            if number == 0:
-                ranks.wait_until(lambda: list(root.glob("step_*/COMPLETE")))
-                duration = time.monotonic() - began
+            for _ in range(draw.randint(0 if deaths else 1, 2)):  # saves of this start that may end: they tell how long one takes
                 ranks.wait_until(temporary.now)
-            time.sleep(draw.uniform(0.0, 1.2 * duration))
+                began, there = time.monotonic(), newest_step(root)
+                ranks.wait_until(lambda there=there: newest_step(root) > there)
+                duration = time.monotonic() - began
+            ranks.wait_until(temporary.now)
+            time.sleep(draw.uniform(0.0, duration))
         ranks.kill(first, draw)
         newest = latest(root)
         assert newest is not None

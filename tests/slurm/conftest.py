@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,5 +34,6 @@ def cluster(started: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Clust
         monkeypatch.delenv(name)
     monkeypatch.setenv("SLURM_CONF", str(started.folder / "slurm.conf"))
     monkeypatch.setenv("SWAX_SCRATCH", "/tmp")
+    monkeypatch.setenv("SWAX_PYTHON", sys.executable)
     yield started
     started.clear()

@@ -28,6 +28,24 @@ def wait() -> None:
     assert slurm("squeue", "-h") == ""
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({}, "made"), ({"SWAX_VENV": "{}/other"}, "other"), ({"VIRTUAL_ENV": "x"}, "none"), ({"SWAX_PYTHON": "/mine"}, "/mine")],
+    ids=["make install", "the site's", "an active one", "named"],
+)
+def test_which_python_a_job_runs(settings: dict[str, str], expected: str, tmp_path: Path) -> None:
+    """Jobs of a clean clone use the environment that make install made, unless somebody chose another."""
+    for folder, name in ((".venv", "made"), ("other", "other")):
+        (tmp_path / folder / "bin").mkdir(parents=True)
+        (tmp_path / folder / "bin" / "activate").write_text(f"activated={name}\n")
+    (tmp_path / "slurm").mkdir()
+    said = '[ "$python" = python ] || activated=$python; echo "${activated:-none}"'
+    script = f"home={tmp_path}; . {ROOT}/slurm/common.sh; load_site >/dev/null; {said}"
+    environment = {"PATH": os.environ["PATH"], "SWAX_SCRATCH": "/tmp"}
+    environment |= {name: value.format(tmp_path) for name, value in settings.items()}
+    assert subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True).stdout.strip() == expected
+
+
 def test_dry_runs_name_the_part_and_the_command(cluster: Cluster, tmp_path: Path) -> None:
     output = f"--output={tmp_path}/%x-%a.out"
     submit("shard.sh", "--input", "x", "--out", "y", "--dry-run", options=(output, "--array=1-2"))
