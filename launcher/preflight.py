@@ -58,8 +58,7 @@ def measure(options: argparse.Namespace) -> int:
 
 def budget(options: argparse.Namespace) -> float:
     """Seconds after which ``measure`` ends itself: its tools, products and everything it waits for have had their time."""
-    alone = OWN_SECONDS + options.timeout
-    return alone + (Meeting("", 0, options.nodes, "", options.timeout).longest if options.nodes > 1 else 0.0)
+    return OWN_SECONDS + (Meeting("", 0, options.nodes, "", options.timeout).longest if options.nodes > 1 else 0.0)
 
 
 def judge(options: argparse.Namespace) -> int:

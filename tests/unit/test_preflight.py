@@ -165,7 +165,7 @@ def test_a_measurement_that_hangs_ends_itself(tmp_path: Path, monkeypatch: pytes
     """Its stacks are on stderr, and the process is gone."""
     code = (
         "import sys, time, launcher.preflight as preflight\n"
-        "preflight.OWN_SECONDS = 0.0\npreflight.node_report = lambda *_: time.sleep(600)\n"
+        "preflight.OWN_SECONDS = 1.0\npreflight.node_report = lambda *_: time.sleep(600)\n"
         "sys.exit(preflight.main(['measure', '--reports', sys.argv[1], '--timeout', '1']))"
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=120)
