@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument("--job", required=True, help="Slurm job id")
         command.add_argument("--name", required=True, help="of this start: JOB_RESTART or JOB_RESTART.ATTEMPT")
         add_limits(command)
-    options = parser.parse_intermixed_args(argv) if argv is not None else parser.parse_args()
+    options = parser.parse_args(argv)
     try:
         if options.command == "begin":
             Ledger(options.run_dir).begin(options.job, options.name)

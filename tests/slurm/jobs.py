@@ -100,7 +100,7 @@ class Job:
 
     def processes(self, module: str, **environment: str) -> list[psutil.Process]:
         """The job's processes that run a module and have these variables."""
-        wanted = {"SLURM_JOB_ID": self.id, **environment}
+        wanted = {"SLURM_JOB_ID": self.id, "SLURM_CONF": os.environ["SLURM_CONF"], **environment}
         found = []
         for process in psutil.process_iter():
             try:

@@ -86,6 +86,8 @@ def test_the_time_limit(job: Callable[..., Job], uninterrupted: dict[int, float]
     finished(run, uninterrupted)
     assert starts(run) == ["_0", "_1"] and run.shown("Restarts") == "1"
     assert "the time limit is near" in run.text() and "requeue: the time of this allocation is over" in run.text()
+    second = json.loads((run.run_dir / "starts.jsonl").read_text().splitlines()[1])
+    assert second["step"] >= 8, "nothing was saved when the signal came"
 
 
 def test_a_node_dies(cluster: Cluster, job: Callable[..., Job], uninterrupted: dict[int, float]) -> None:

@@ -25,6 +25,7 @@ def test_two_nodes_train_as_one_machine_does(cluster: Cluster, corpus: Path, tmp
     job = Job(config(corpus, tmp_path / "run"), preflight=True)
     assert job.ended() == "COMPLETED", job.text()
     assert losses(job.run_dir) == uninterrupted
+    assert job.shown("Comment") == f"swax:{job.run_dir}", "launcher.submit --status and its checks know plain jobs by it"
     logs = job.run_dir / "logs" / f"{job.id}_0"
     assert {path.name for path in logs.glob("rank_*.log")} == {"rank_0.log", "rank_1.log"}
     assert {json.loads(path.read_text())["node"] for path in logs.glob("node_*.json")} == {"sn0", "sn1"}
