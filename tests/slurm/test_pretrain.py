@@ -36,6 +36,15 @@ def test_two_nodes_train_as_one_machine_does(cluster: Cluster, corpus: Path, tmp
     assert [json.loads(line)["step"] for line in (job.run_dir / "starts.jsonl").read_text().splitlines()] == [-1]
 
 
+def test_the_first_thing_that_a_user_types(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
+    """The demo's own configuration and the script as they are; only the data are these tests', and the steps few."""
+    data = (f"data.train.0.path={corpus}/a", f"data.validation.0.path={corpus}/validation", "model.vocab_size=200")
+    job = Job.plain("configs/demo.yaml", tmp_path / "run", *data, "train.steps=3", "optimizer.warmup=1")
+    assert job.ended() == "COMPLETED", job.text()
+    assert sorted(losses(job.run_dir)) == [0, 1, 2] and job.shown("NumNodes") == "2"
+    assert "2 nodes with 1 process(es) on the CPU: tensor 2" in job.text()
+
+
 def test_a_dry_run_starts_nothing_and_a_mistake_ends_with_2(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
     dry = Job(config(corpus, tmp_path / "dry"), "--dry-run")
     wrong = Job(config(corpus, tmp_path / "wrong"), "train.stepz=3", options=("--nodes=1",))
