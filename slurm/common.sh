@@ -128,7 +128,8 @@ requeue() { # reason, nodes to leave out (may be empty)
     else
         # an exclusion can be set while a job is pending: hold, exclude, release, before Slurm's SIGKILL comes
         local known   # the user's --exclude, and what was excluded before
-        known=$(scontrol -o show job "$slurm_id" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p') || say "the nodes that are excluded already are not known"
+        known=$(scontrol -o show job "$slurm_id" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p') ||
+            say "the nodes that are excluded already are not known"
         [ "$known" != "(null)" ] || known=''
         scontrol requeuehold "$slurm_id" || return 1
         scontrol update JobId="$slurm_id" ExcNodeList="${known:+$known,}$2" || say "could not exclude $2"
