@@ -182,7 +182,7 @@ pretrain() { # default configuration, then the arguments of the batch script
     local sweep_point=${sweep:+$sweep:${SLURM_ARRAY_TASK_ID:-0}}
     say "start $restart on $nodes node(s): $SLURM_JOB_NODELIST"
     if [ "$restart" -gt 0 ]; then   # what was submitted, not what the checkout and the YAML have become since
-        snapshot=$(squeue -h -j "$slurm_id" -o %k)
+        snapshot=$(squeue -h -j "$slurm_id" -o %k) || say "squeue does not tell this job's comment"
         snapshot=${snapshot#swax:}/snapshots/$job
         if [ -f "$snapshot/config.yaml" ]; then
             say "going on with the code and the configuration of $snapshot"
