@@ -14,8 +14,9 @@ import torch
 import yaml
 
 from launcher.checks import Floors, _products, _xid, compare
-from launcher.slurm import duration, gpus_of, read_site
+from launcher.slurm import directive, duration, gpu_count, gpus_of, lead, read_site
 from launcher.sweep import point, read_sweep, write_points
+from swax_megatron.hardware import known_peak
 from tests.workers import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -194,6 +195,22 @@ def test_two_nodes_measure_each_other(tmp_path: Path) -> None:
 )
 def test_times_of_slurm(text: str, seconds: int | None) -> None:
     assert duration(text) == seconds
+
+
+@pytest.mark.parametrize(("text", "gpus"), [("8", 8), ("h100:8", 8), ("h100:4,a100:2", 6)])
+def test_gpus_as_asked_for(text: str, gpus: int) -> None:
+    assert gpu_count(text) == gpus
+
+
+def test_what_a_batch_script_asks_for_itself() -> None:
+    script = ROOT / "slurm" / "pretrain_7b.sh"
+    assert (directive(script, "time"), directive(script, "account")) == ("24:00:00", None)
+    assert lead(directive(script, "signal")) == 600
+    assert (lead("USR1"), lead(None)) == (60, 0)
+
+
+def test_known_peaks() -> None:
+    assert [known_peak(name) for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "Tesla T4")] == [989.0, 756.0, None]
 
 
 @pytest.mark.parametrize(("gres", "gpus"), [("(null)", 0), ("gpu:8", 8), ("gpu:h100:4(S:0-1),nvme:1", 4), ("gpu:a:2,gpu:b:2", 4)])
