@@ -102,9 +102,9 @@ class Job:
         """Wait until the metrics of 0-based ``step`` are on disk."""
         self.until(lambda: (self.run_dir / "metrics.jsonl").exists() and max(losses(self.run_dir), default=-1) >= step, f"step {step}")
 
-    def ended(self) -> str:
+    def ended(self, seconds: float = DEADLINE) -> str:
         """Wait for the end; Slurm's word for it."""
-        deadline = time.monotonic() + DEADLINE
+        deadline = time.monotonic() + seconds
         while (state := self.shown("JobState")) in ALIVE:
             assert time.monotonic() < deadline, self.text()[-4000:]
             time.sleep(0.2)
