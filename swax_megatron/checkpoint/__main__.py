@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from swax_megatron.checkpoint.folder import STALE_SECONDS, is_complete, latest, list_checkpoints, prune
+from swax_megatron.checkpoint.folder import STALE_SECONDS, damage, latest, list_checkpoints, prune
 from swax_megatron.checkpoint.ranks import Ranks
 from swax_megatron.checkpoint.reader import Checkpoint, open_checkpoint
 from swax_megatron.checkpoint.remote import Remote, is_remote
@@ -120,8 +120,10 @@ def _list(options: argparse.Namespace) -> None:
         except ValueError as error:
             print(f"{path.name}\tunreadable: {error}")
     for path in sorted(root.iterdir()):
-        if path.name.startswith("step_") and not is_complete(path):
-            print(f"{path.name}\tincomplete")
+        problem = damage(path) if path.name.startswith("step_") else None
+        if problem is not None:
+            damaged = path.name.removeprefix("step_").isdigit()  # a folder gets such a name once it is complete
+            print(f"{path.name}\tdamaged: {problem}" if damaged else f"{path.name}\tincomplete")
 
 
 def _progress(total: int) -> Callable[[int], None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from swax_megatron.checkpoint.boxes import Box, intersect, tiling_error
-from swax_megatron.checkpoint.folder import COMPLETE, MANIFEST
+from swax_megatron.checkpoint.folder import COMPLETE, MANIFEST, read_manifest
 from swax_megatron.checkpoint.ranks import Ranks
 from swax_megatron.checkpoint.tensorfile import DTYPES, open_tensors, sha256_of
 from swax_megatron.checkpoint.writer import FORMAT_VERSION, Fragment, stored_name
@@ -29,15 +28,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises ValueError where COMPLETE is missing or does not match the manifest, or where its format is newer.
     """
     path = Path(path)
-    try:
-        text = (path / MANIFEST).read_bytes()
-        marker = (path / COMPLETE).read_bytes().strip()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        missing = Path(error.filename).name
-        raise ValueError(f"{path} is no complete checkpoint ({missing} is missing): give one that was saved to the end") from error
-    if marker != hashlib.sha256(text).hexdigest().encode():
-        raise ValueError(f"{path / MANIFEST} is not what was saved (its hash is not the one in COMPLETE): move it away to use an older one")
-    return from_manifest(path, text)
+    return from_manifest(path, read_manifest(path))
 
 
 def from_manifest(path: Path, text: bytes) -> Checkpoint:
