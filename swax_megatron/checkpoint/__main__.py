@@ -96,10 +96,10 @@ def _far(url: str) -> tuple[Remote, int]:
     if match:
         return Remote(match[1]), int(match[2])
     remote = Remote(url)
-    steps = remote.steps()
-    if not steps:
+    step = remote.newest()
+    if step < 0:
         raise ValueError(f"{url} holds no complete checkpoint")
-    return remote, steps[-1]
+    return remote, step
 
 
 def _line(name: str, checkpoint: Checkpoint) -> str:
@@ -110,8 +110,11 @@ def _line(name: str, checkpoint: Checkpoint) -> str:
 def _list(options: argparse.Namespace) -> None:
     if is_remote(options.path):
         remote = Remote(options.path)
-        for step in remote.steps():
-            print(_line(f"step_{step}", remote.open(step)))
+        for step in remote.folders():
+            try:
+                print(_line(f"step_{step}", remote.open(step)))
+            except ValueError as error:
+                print(f"step_{step}\tunreadable: {error}")
         return
     root = _root(options.path)
     for path in list_checkpoints(root):

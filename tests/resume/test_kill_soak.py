@@ -44,12 +44,13 @@ class Death:
     phase: str  # "save" or "load"
     first: str
     resumed_from: int
-    left_over: int  # files in temporary folders of a step that is not complete: a save was under way
+    under_way: int  # temporary folders of a step that is not complete: its save had begun and had not ended
+    left_over: int  # files in them
     newest: int
 
     @property
     def in_save(self) -> bool:
-        return self.phase == "save" and self.left_over > 0
+        return self.phase == "save" and self.under_way > 0
 
 
 def serve() -> None:
@@ -151,7 +152,7 @@ def newest_step(root: Path) -> int:
 def chain(corpus: Path, folder: Path, kills: int, seed: int, workers: Any) -> list[Death]:
     """Starts and kills until ``kills`` fell into a save; those that hit no save, and those while loading, are extra."""
     draw = random.Random(seed)
-    starts = kills + kills // 2 + 2  # at most
+    starts = 2 * kills + 2  # at most
     steps = 4 * starts
     run_dir = folder / "run"
     raw = runs.small_config(corpus, run_dir, model=MODEL, train={"steps": steps}, checkpoint={"interval": 1, "keep_last": 2})
@@ -202,8 +203,9 @@ def _kill_once(ranks: Ranks, raw: dict[str, Any], expected: list[float], draw: r
     checkpoint = open_checkpoint(newest)
     checkpoint.verify(ranks_share=False)
     resumed = [log for log in ranks.logs if f"resuming from {root}" in log.read_text()]
-    left = sum(len(list(path.iterdir())) for path in temporary.now())
-    deaths.append(Death(number, background, phase, first, before if resumed else 0, left, checkpoint.step))
+    folders = temporary.now()
+    files = sum(len(list(path.iterdir())) for path in folders)
+    deaths.append(Death(number, background, phase, first, before if resumed else 0, len(folders), files, checkpoint.step))
     print(deaths[-1], flush=True)
     assert checkpoint.step >= before, "a kill cost a checkpoint that was complete"
     assert bool(resumed) == (before > 0), "the start did not resume"
@@ -231,6 +233,7 @@ def test_killed_thirty_times(corpus: Path, tmp_path: Path, workers: Any) -> None
         "in_a_save": len(during),
         "in_a_background_save": background,
         "in_a_synchronous_save": len(during) - background,
+        "with_files_half_way": sum(death.left_over > 0 for death in during),
         "while_loading": sum(death.phase == "load" for death in deaths),
         "beside_a_save": sum(death.phase == "save" and not death.in_save for death in deaths),
         "resumed_from_a_complete_checkpoint_with_equal_losses": len(deaths),  # asserted for each

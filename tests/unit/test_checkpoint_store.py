@@ -167,7 +167,8 @@ def test_a_damaged_newest_checkpoint_is_no_older_one_and_no_new_start(tmp_path, 
 
 def test_an_older_damaged_checkpoint_hinders_nobody(tmp_path):
     flip(put(tmp_path, 2) / "manifest.json")
-    assert latest(tmp_path) == put(tmp_path, 3)
+    newer = put(tmp_path, 3)
+    assert latest(tmp_path) == newer
 
 
 def test_prune_keeps_the_forerunner_of_a_damaged_checkpoint(tmp_path):
@@ -187,13 +188,37 @@ def test_prune_keeps_the_forerunner_of_a_damaged_checkpoint(tmp_path):
         (lambda m: m["tensors"]["param.b"]["chunks"][0].update(file="../../other.safetensors"), "names the file"),
         (lambda m: m["files"].update({"/etc/passwd": {"sha256": "", "bytes": 1}}), "names the file"),
         (lambda m: m["tensors"]["param.b"].update(dtype="F8"), "unknown dtype"),
+        (lambda m: m["tensors"]["param.b"].update(dtype=[]), "lacks a field or holds a wrong type"),
+        (lambda m: m.update(format_version=1e999), "format_version is inf, expected a number"),
+        (lambda m: m.update(step="x"), "step is 'x', expected a number"),
+        (lambda m: m.update(step=True), "step is True, expected a number"),
+        (lambda m: m.update(world_size=-1), "world_size is -1, expected a number"),
+        (lambda m: m.update(config=[]), r"config is \[\], expected a JSON object"),
+        (lambda m: m.update(state=None), "state is None, expected a JSON object"),
+        (lambda m: m["files"]["rank_00000.safetensors"].pop("bytes"), "lacks a field.*bytes"),
+        (lambda m: m["files"]["rank_00000.safetensors"].update(bytes="many"), "size of rank_00000.safetensors is 'many', expected"),
+        (lambda m: m["files"]["rank_00000.safetensors"].update(sha256=7), "sha256 of rank_00000.safetensors is 7, expected"),
+        (lambda m: m["files"].update({"rank_00000.safetensors": "x"}), "lacks a field or holds a wrong type"),
+        (lambda m: m["tensors"]["param.b"].update(shape="9"), "size of param.b is '9', expected a list"),
+        (lambda m: m["tensors"]["param.b"]["chunks"][0].update(sizes=[9.0]), r"size of param.b is \[9.0\], expected a list"),
+        (lambda m: m["tensors"]["param.b"]["chunks"][0].update(file=3), "lacks a field or holds a wrong type"),
     ],
 )
 def test_manifest_that_fits_its_marker_but_is_wrong(tmp_path, change, message):
     path = put(tmp_path)
     rewrite(path, change)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         open_checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_nested_deeply_is_refused(tmp_path, capsys):
+    path = put(tmp_path)
+    text = b"[" * 200_000
+    (path / "manifest.json").write_bytes(text)
+    (path / "COMPLETE").write_text(hashlib.sha256(text).hexdigest())
+    assert main(["verify", str(path)]) == 2
+    assert "is no checkpoint manifest: RecursionError" in capsys.readouterr().err
 
 
 def test_refused_saves_leave_nothing(tmp_path):
