@@ -37,11 +37,12 @@ def started(workers: Callable[[int], Workers], corpus: Path, tmp_path_factory: p
     folder = tmp_path_factory.mktemp("parity")
     origins: dict[str, Path] = {}
 
-    def origin(**identity: dict[str, Any]) -> Path:
-        key = repr(sorted((name, sorted(fields.items())) for name, fields in identity.items()))
+    def origin(rows: int, **identity: dict[str, Any]) -> Path:
+        key = repr((rows, sorted((name, sorted(fields.items())) for name, fields in identity.items())))
         if key not in origins:
             run_dir = folder / f"origin-{len(origins)}"
-            raw = runs.small_config(corpus, run_dir, train={"steps": END}, checkpoint={"interval": START, "keep_last": 0}, **identity)
+            train, checkpoint = {"steps": END, "global_batch_size": rows}, {"interval": START, "keep_last": 0}
+            raw = runs.small_config(corpus, run_dir, train=train, checkpoint=checkpoint, **identity)
             workers(1).run(runs.train, raw)
             first = open_checkpoint(run_dir / "checkpoints" / f"step_{START}")
             random = torch.Generator().manual_seed(7)
@@ -56,7 +57,8 @@ def started(workers: Callable[[int], Workers], corpus: Path, tmp_path_factory: p
     def prepare(name: str, **sections: dict[str, Any]) -> dict[str, Any]:
         run_dir = folder / name
         shutil.rmtree(run_dir, ignore_errors=True)
-        shutil.copytree(origin(**{part: sections.get(part, {}) for part in ("model", "window")}), run_dir / "checkpoints")
+        rows = sections.get("train", {}).get("global_batch_size", 4)
+        shutil.copytree(origin(rows, **{part: sections.get(part, {}) for part in ("model", "window", "data")}), run_dir / "checkpoints")
         sections["train"] = {"steps": END, **sections.get("train", {})}
         checkpoint = {"interval": END, "allow_change": ["optimizer.learning_rate", "train.precision"]}
         return runs.small_config(corpus, run_dir, checkpoint=checkpoint, validation={"interval": END}, **sections)
