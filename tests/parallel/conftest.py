@@ -60,7 +60,8 @@ def started(workers: Callable[[int], Workers], corpus: Path, tmp_path_factory: p
         rows = sections.get("train", {}).get("global_batch_size", 4)
         shutil.copytree(origin(rows, **{part: sections.get(part, {}) for part in ("model", "window", "data")}), run_dir / "checkpoints")
         sections["train"] = {"steps": END, **sections.get("train", {})}
-        checkpoint = {"interval": END, "allow_change": ["optimizer.learning_rate", "train.precision"]}
+        allowed = ["optimizer.learning_rate", "optimizer.beta2", "train.precision"]
+        checkpoint = {"interval": 1, "keep_last": 0, "asynchronous": False, "allow_change": allowed}
         return runs.small_config(corpus, run_dir, checkpoint=checkpoint, validation={"interval": END}, **sections)
 
     return prepare
