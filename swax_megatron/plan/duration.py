@@ -90,7 +90,7 @@ def _step(layout: Layout, cluster: Cluster, window: int, how: str) -> tuple[floa
 
 def _seconds(layout: Layout, cluster: Cluster, stage: int, window: int, how: str) -> float:
     """Forward and backward of one micro-batch on the slowest rank of a stage, what is recomputed included."""
-    model, length = layout.config.model, layout.config.data.sequence_length
+    model = layout.config.model
     passes = {"none": 3.0, "selective": 3.0, "full": 4.0}[layout.config.train.recompute]
     again = 1.0 if layout.config.train.recompute == "selective" else 0.0
     flops = 0.0

@@ -220,7 +220,8 @@ def table() -> list[str]:
         spelt = ", ".join(f"`{field}={str(value).lower()}`" for field, value in fields.items())
         cells = []
         for pipeline in schedules.values():
-            layouts = [Combination(*each, "DP2", name, "mb1", *rest) for each in itertools.product(TENSOR, [pipeline], CONTEXT) for rest in _FREE]
+            parts = itertools.product(TENSOR, [pipeline], CONTEXT)
+            layouts = [Combination(*part, "DP2", name, "mb1", *rest) for part in parts for rest in _FREE]
             verdicts = {refusal(each) is None for each in layouts}
             assert len(verdicts) == 1, f"{name} with {pipeline} depends on more than the schedule: the table needs another column"
             cells.append("yes" if verdicts.pop() else "refused")

@@ -10,17 +10,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from scripts import write_scaling
 from swax_megatron.config import from_dict, load_config
 from swax_megatron.model.cost import COSTS, param_count
-from swax_megatron.plan.__main__ import main
 from swax_megatron.model.stages import layer_costs
+from swax_megatron.plan.__main__ import main
 from swax_megatron.plan.duration import bubble, core_flops, duration
 from swax_megatron.plan.layout import Layout
 from swax_megatron.plan.memory import fullest
 from swax_megatron.plan.propose import USABLE, proposals
-from swax_megatron.plan.simulate import check_owned, simulate
+from swax_megatron.plan.simulate import check_owned, optimizer_boxes, simulate
 from swax_megatron.plan.traffic import Cluster, context_bytes, traffic
 from swax_megatron.validate import validate
 from tests import runs
@@ -205,6 +206,39 @@ def started() -> list[int]:
 
 def test_1024_ranks_start_and_own_everything_once() -> None:
     assert in_a_process("started()") == str([1024, 32, 256, 64, 3, 32])
+
+
+def saved_boxes(raw: dict[str, Any]) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """The boxes of optimizer state that this rank of a real job saves."""
+    from swax_megatron.build import build_trainer
+
+    with runs.layout(raw) as (config, groups):
+        trainer, _ = build_trainer(config, groups)
+        found = [each for each in trainer.backend.fragments(saving=True) if each.key.startswith("exp_avg.")]
+        boxes = [(each.key.removeprefix("exp_avg."), tuple(each.offsets), tuple(each.tensor.shape)) for each in found]
+        trainer.backend.close()
+        return sorted(boxes)
+
+
+def simulated_boxes(path: str, world_size: int) -> list[Any]:
+    """In a process without groups: those that simulate() foresees, for every configuration of a file, by rank."""
+    found = [optimizer_boxes(from_dict(raw), world_size) for raw in yaml.safe_load(Path(path).read_text(encoding="utf-8"))]
+    return [[sorted(tuple(box) for owner, *box in each if owner == rank) for rank in range(world_size)] for each in found]
+
+
+def test_the_simulated_partition_is_that_of_real_processes(corpus: Path, tmp_path: Path, workers: Any) -> None:
+    cases: list[dict[str, Any]] = [
+        {},
+        {"optimizer": {"zero_stage": 3}},
+        {"parallel": {"tensor": 2}},
+        {"parallel": {"pipeline": 2}, "model": {"tie_embeddings": True}},
+    ]
+    raws = [runs.small_config(corpus, tmp_path / "run", **sections) for sections in cases]
+    path = tmp_path / "configs.yaml"
+    path.write_text(yaml.safe_dump(raws), encoding="utf-8")
+    foreseen = ast.literal_eval(in_a_process(f"simulated_boxes({str(path)!r}, 4)"))
+    for raw, boxes in zip(raws, foreseen, strict=True):
+        assert workers(4).run(saved_boxes, raw) == boxes
 
 
 def sabotaged() -> list[str]:
