@@ -46,7 +46,7 @@ def memory(layout: Layout, stage: int) -> Memory:
     if layout.config.optimizer.backend == "megatron":
         resident += gradients  # one buffer, zeroed and filled again
     elif layout.config.optimizer.zero_stage == 3:
-        gradients = (0.0 if layout.config.optimizer.offload else gradients) + _bucket(layout, stage)
+        gradients += _bucket(layout, stage)
         resident += gradients
         weights += layout.width * min(GATHERED, layout.parameters(stage))  # in forward and backward
     held = [_chunk(layout, chunk) for chunk in layout.stage(stage)]
@@ -89,7 +89,9 @@ def _persistent(layout: Layout, stage: int) -> tuple[float, float, float, float,
         # an fp32 gradient that the update reads; stages 1 and 2: the updated weights on their way to the device; stage 3: a second
         # gradient, in which microbatches add up
         host = optimizer + (4.0 + (4.0 if level == 3 else width)) * mine
-        return weights, gradients, 0.0, host, update
+        # on the device stage 1 accumulates whole gradients; stages 1 and 2 fill a bucket during backward, 1 in fp32
+        bucket = (4.0 if level == 1 else width) * min(BUCKET, count) if level < 3 else 0.0
+        return weights, (gradients if level == 1 else 0.0) + bucket, 0.0, host, update
     return weights, gradients, optimizer, 0.0, update
 
 
