@@ -15,7 +15,7 @@ gradients, which are then added in fp32. A combination must equal, within the to
 these four; and that plain run one process in bf16. The latter is asked of the first update, before which both have the same
 weights (a second one amplifies whatever the first left): every tensor's gradient, its norm, and the losses. Without tensor
 parallelism little is rounded elsewhere: tensors' gradients agree to 1e-2 of their length. With it partial sums of every
-projection are, and the gradient as a whole is 11 percent of its length away, as one bf16 process is 14 percent away from
+projection are, and the gradient as a whole is 11 to 16 percent of its length away, as one bf16 process is 14 percent away from
 fp32; no bound on that comparison can see less. It does see a sum that is missing, and fp32 sees the rest of the same code.
 """
 
@@ -56,12 +56,12 @@ class Rounding:
 
     loss: float
     grad_norm: float
-    tensor: float  # of each tensor
+    tensor: float  # of each tensor; twice that for the gates' biases, sums over all tokens that nearly cancel
     whole: float  # of all together
 
 
 FP32 = Tolerance(5e-6, 1e-5, 5e-6, 1e-4)
-BF16, BF16_TENSOR = Rounding(5e-3, 1e-3, 3e-2, 1.2e-2), Rounding(5e-3, 2e-2, 0.35, 0.15)
+BF16, BF16_TENSOR = Rounding(5e-3, 2e-3, 3e-2, 2e-2), Rounding(5e-3, 4e-2, 0.3, 0.2)
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "one microbatch of the whole batch": (1, {"train": {"micro_batch_size": 4}}),
     "recompute selective": (1, {"train": {"recompute": "selective"}}),
@@ -142,11 +142,12 @@ def compare_rounded(run: Rounded, reference: Rounded, within: Rounding) -> None:
     off = {name: (gradients[name] - each).norm().item() for name, each in expected_gradients.items()}
     length = {name: each.norm().item() for name, each in expected_gradients.items()}
     whole = math.hypot(*off.values()) / math.hypot(*length.values())
-    worst = max(off, key=lambda name: off[name] / length[name])
+    allowed = {name: within.tensor * (2.0 if name.endswith("gate_proj.bias") else 1.0) for name in off}
+    worst = max(off, key=lambda name: off[name] / (length[name] * allowed[name]))
     if os.environ.get("SWAX_SHOW"):
         norm = history["optim/grad_norm"][0] / expected["optim/grad_norm"][0] - 1.0
         print(f"bf16: gradient off by {whole:.1e}, {worst} by {off[worst] / length[worst]:.1e}, norm by {norm:.1e}")
-    assert off[worst] <= within.tensor * length[worst], f"the gradient of {worst} is off by {off[worst] / length[worst]:.1e} of its length"
+    assert off[worst] <= allowed[worst] * length[worst], f"the gradient of {worst} is off by {off[worst] / length[worst]:.1e} of its length"
     assert whole <= within.whole, f"the gradient is off by {whole:.1e} of its length"
 
 
