@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 
-from swax_megatron.checkpoint.folder import latest
+from swax_megatron.checkpoint.folder import newest_step
 from swax_megatron.errors import ExitCode
 from swax_megatron.resilience import STOP_FILE
 
@@ -68,8 +68,7 @@ class Ledger:
 
     def step(self) -> int:
         """The step of the newest complete checkpoint; -1 where there is none."""
-        newest = latest(self.run_dir / "checkpoints")
-        return int(newest.name.removeprefix("step_")) if newest else -1
+        return newest_step(self.run_dir / "checkpoints")
 
     def begin(self, job: str, name: str) -> None:
         """Write down that a start of the run happens now."""

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
 
 from swax_megatron.config import from_dict, load_config, to_dict
 from swax_megatron.model.cost import COSTS, param_count
-from swax_megatron.plan.propose import Proposal, proposals
-from swax_megatron.plan.traffic import Cluster
-from swax_megatron.schema import Config, ModelConfig
+from swax_megatron.plan.duration import duration
+from swax_megatron.plan.layout import Layout
+from swax_megatron.plan.propose import Proposal, fastest, fitting
+from swax_megatron.plan.traffic import Cluster, all_to_all_bytes
+from swax_megatron.schema import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "scaling.md"
 MODELS = {"1.4B": "swax_1p4b.yaml", "7B": "swax_7b.yaml"}
+TRAINED = ROOT / "benchmarks" / "results" / "train_step_h100.jsonl"
 LENGTHS = (16384, 131072)
 GPUS = (1, 8, 64, 256, 1024)
 EPILOG = """example:
@@ -43,7 +47,13 @@ def layout(found: Proposal) -> str:
     return f"{it.tensor}·{it.pipeline}{chunks}·{it.context}·{it.replicas}, Z{it.config.optimizer.zero_stage}{extra}"
 
 
-def scaling_table(path: str, length: int) -> list[str]:
+def scaling_tables(path: str, length: int) -> tuple[list[str], list[str]]:
+    """As the runs exchange between context-parallel ranks, and as an all-to-all would."""
+    other = [
+        "| GPUs | SWAX, all-to-all: layout | s a step | tokens/s a GPU | halo over all-to-all "
+        "| Transformer, all-to-all: layout | s a step | tokens/s a GPU |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     lines = [
         "| GPUs | SWAX: layout | GiB | s a step | tokens/s a GPU | MFU "
         "| Transformer: layout | GiB | s a step | tokens/s a GPU | with its ring hidden |",
@@ -51,9 +61,17 @@ def scaling_table(path: str, length: int) -> list[str]:
     ]
     for count in GPUS:
         cluster = Cluster(gpus_per_node=min(8, count))
-        cells = [f"{count:,}"]
+        cells, beside = [f"{count:,}"], [f"{count:,}"]
         for transformer in (False, True):
-            found = proposals(settings(path, length, transformer), count, cluster, 1)
+            fits = fitting(settings(path, length, transformer), count, cluster)
+            found = fastest(fits, cluster, 1)
+            swapped = fastest(fits, cluster, 1, "all_to_all")
+            if not swapped:
+                beside += ["nothing fits", ""] + [""] * (1 if transformer else 2)
+            else:
+                time = swapped[0].duration
+                beside += [layout(swapped[0]), f"{time.total:.2f}", f"{time.tokens_per_second / count:,.0f}"]
+                beside += [] if transformer else [f"{time.total / found[0].duration.total:.2f}"]
             if not found:
                 cells += ["nothing fits", "", "", ""] + ([] if transformer else [""])
                 cells += [""] if transformer else []
@@ -66,17 +84,9 @@ def scaling_table(path: str, length: int) -> list[str]:
             else:
                 cells.append(f"{time.mfu:.0%}")
         lines.append("| " + " | ".join(cells) + " |")
-        print(lines[-1], file=sys.stderr)
-    return lines
-
-
-def all_to_all(model: ModelConfig, kind: str, length: int, width: int, ranks: int) -> float:
-    """Bytes that a rank sends for one row's forward pass when sequence is exchanged for heads and back (Jacobs et al. 2023, "Ulysses")."""
-    if kind == "M":
-        channels = model.mlstm_heads * (2 * model.mlstm_qk_dim + 2 * model.mlstm_v_dim)
-    else:
-        channels = model.attention_head_dim * 2 * (model.attention_heads + model.attention_kv_heads)
-    return width * channels * length / ranks * (ranks - 1) / ranks
+        other.append("| " + " | ".join(beside) + " |")
+        print(lines[-1], other[-1], sep="\n", file=sys.stderr)
+    return lines, other
 
 
 def bytes_table(path: str, ranks: int) -> list[str]:
@@ -88,7 +98,7 @@ def bytes_table(path: str, ranks: int) -> list[str]:
     ]
     for length in (4096, 16384, 65536, 131072, 1048576):
         ours = [COSTS[kind].context_bytes(model, length, 2048, 2, ranks) for kind in "SMF"]
-        theirs = [all_to_all(model, kind, length, 2, ranks) for kind in "SM"]
+        theirs = [all_to_all_bytes(model, kind, length, 2, ranks) for kind in "SM"]
         lines.append(f"| {length:,} | " + " | ".join(f"{value / 1e6:.1f}" for value in [*ours, *theirs]) + " |")
     return lines
 
@@ -97,8 +107,12 @@ def blocks(only_bytes: bool = False) -> dict[str, list[str]]:
     """Name of a block of the page -> its lines."""
     found = {f"bytes {name}": bytes_table(path, 8) for name, path in MODELS.items()}
     if not only_bytes:
-        found |= {f"scaling {name} {length}": scaling_table(path, length) for name, path in MODELS.items() for length in LENGTHS}
+        for name, path in MODELS.items():
+            for length in LENGTHS:
+                tables = scaling_tables(path, length)
+                found[f"scaling {name} {length}"], found[f"all-to-all {name} {length}"] = tables
         found["parameters"] = parameters()
+        found["measured"] = measured()
     return found
 
 
@@ -109,6 +123,19 @@ def parameters() -> list[str]:
         ours, theirs = (param_count(settings(path, LENGTHS[0], each).model) / 1e9 for each in (False, True))
         said.append(f"{name}: SWAX {ours:.2f} billion, the Transformer {theirs:.2f}")
     return ["Parameters, " + "; ".join(said) + "."]
+
+
+def measured() -> list[str]:
+    """The plan's step of the 1.4B model on one GPU over the measured one, by window."""
+    lines = ["| window | measured, s a step | planned | planned / measured |", "|---|---|---|---|"]
+    line = json.loads(TRAINED.read_text(encoding="utf-8").splitlines()[0])
+    for window, seconds in line["seconds_by_window"].items():
+        raw = to_dict(load_config(ROOT / "configs" / MODELS["1.4B"], line["command"].split()[4:]))
+        raw["train"]["recompute"] = "selective"  # as the line says
+        raw["window"] |= {"schedule": "fixed", "windows": [int(window)], "probabilities": None, "anneal_fraction": 0.0}
+        planned = duration(Layout.of(from_dict(raw), 1, "triton"), Cluster(gpus_per_node=1)).total
+        lines.append(f"| {int(window):,} | {seconds:.3f} | {planned:.3f} | {planned / seconds:.2f} |")
+    return lines
 
 
 def fill(text: str, found: dict[str, list[str]]) -> str:

@@ -2,6 +2,7 @@
 
 A stage that takes longer than the others keeps them all waiting, so layers are dealt out by their floating-point
 operations at the windows that the run expects, not by number; the output head counts where it stands, on the last stage.
+The embedding is a lookup of no operations, and the first stage gets nothing for it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 
-from swax_megatron.model.cost import forward_flops
+from swax_megatron.model.cost import COSTS, forward_flops
 from swax_megatron.schema import Config
 
 
@@ -32,17 +33,18 @@ def layer_costs(config: Config, kinds: str) -> tuple[list[float], float]:
     """Expected operations a token of every layer, and of the head, in units of one forward pass.
 
     Backward is twice the forward; the head computes its logits a second time there (swax_megatron/model/head.py), and so
-    do the layers under train.recompute=full.
+    do the layers under train.recompute=full, the mixers' cores under selective.
     """
     length = config.data.sequence_length
     mix = expected_windows(config)
     bare = forward_flops(config.model, length, (), kinds="")
-    again = 4.0 / 3.0
+    third = 1.0 / 3.0  # one more forward pass
     costs = {}
     for kind in set(kinds):
         flops = sum(share * (forward_flops(config.model, length, (min(size, length),), kinds=kind) - bare) for share, size in mix)
-        costs[kind] = flops * (again if config.train.recompute == "full" else 1.0)
-    return [costs[kind] for kind in kinds], bare * again
+        core = sum(share * COSTS[kind].core_flops(config.model, length, min(size, length)) for share, size in mix)
+        costs[kind] = flops + third * {"none": 0.0, "selective": core, "full": flops}[config.train.recompute]
+    return [costs[kind] for kind in kinds], bare * (1.0 + third)
 
 
 def stage_layers(config: Config, kinds: str) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 from swax_megatron.config import load_config
 from swax_megatron.plan.duration import Duration, duration
 from swax_megatron.plan.layout import Layout
-from swax_megatron.plan.memory import Memory, fullest, memory
+from swax_megatron.plan.memory import ASIDE, Memory, fullest, memory
 from swax_megatron.plan.propose import USABLE, proposals
 from swax_megatron.plan.traffic import Cluster, traffic
 from swax_megatron.validate import validate
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of one (default: %(default)s)")
     parser.add_argument("--gib", type=float, default=80.0, help="memory of a GPU in GiB (default: %(default)s)")
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="dense bf16 peak of a GPU (default: %(default)s)")
-    parser.add_argument("--efficiency", type=float, default=0.5, help="share of it that layers reach (default: %(default)s)")
+    parser.add_argument("--efficiency", type=float, default=Cluster.efficiency, help="share of it that layers reach (default: %(default)s)")
     parser.add_argument(
         "--link",
         action="append",
@@ -88,8 +88,8 @@ def _cluster(options: argparse.Namespace) -> Cluster:
 def _report(layout: Layout, cluster: Cluster) -> bool:
     print(describe(layout))
     print(f"\nGiB on one GPU of each stage (of {cluster.gib:g}, of which {USABLE:.0%} are counted on)")
-    aside = ["host", "resident"]
-    names = [item.name for item in fields(Memory) if item.name not in aside] + ["total", *aside]
+    names = [item.name for item in fields(Memory) if item.name not in ASIDE] + ["total", *ASIDE]
+    print("  (host and snapshot: in host memory, for offload and for checkpoints in the background; resident: between two steps)")
     print("  stage  " + "  ".join(f"{name:>11}" for name in names))
     for stage in range(layout.pipeline):
         need = memory(layout, stage)

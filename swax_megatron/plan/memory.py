@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from swax_megatron.model.cost import COSTS
 from swax_megatron.plan.layout import Layout
 
+ASIDE = ("host", "snapshot", "resident")  # no part of the sum on the device
 BUCKET = 50_000_000  # elements that the backends reduce or gather at a time
 GATHERED = 1_000_000_000  # elements of weights that DeepSpeed's stage 3 may hold whole at a time
 
@@ -27,19 +28,21 @@ class Memory:
     states: float
     logits: float
     working: float
-    host: float = 0.0  # in host memory: offloaded state
-    resident: float = 0.0  # of all these, what stays on the device between two steps
+    host: float = 0.0  # in host memory: offloaded state, gradients and buffers
+    snapshot: float = 0.0  # in host memory: what a thread writes of a checkpoint while training goes on
+    resident: float = 0.0  # of all on the device, what stays there between two steps
 
     @property
     def total(self) -> float:
         """Bytes on the device."""
-        return sum(getattr(self, item.name) for item in fields(self) if item.name not in ("host", "resident"))
+        return sum(getattr(self, item.name) for item in fields(self) if item.name not in ASIDE)
 
 
 def memory(layout: Layout, stage: int) -> Memory:
     """The fullest rank of a pipeline stage, at the largest window of the run."""
     weights, gradients, optimizer, host, update = _persistent(layout, stage)
     resident = weights + optimizer
+    snapshot = 12.0 * _mine(layout, stage) if layout.config.checkpoint.asynchronous else 0.0
     if layout.config.optimizer.backend == "megatron":
         resident += gradients  # one buffer, zeroed and filled again
     elif layout.config.optimizer.zero_stage == 3:
@@ -63,7 +66,7 @@ def memory(layout: Layout, stage: int) -> Memory:
     working = max(0.0, max(passing, _received(layout)) - logits)
     spare = activations + states + logits + working
     working += max(0.0, update - spare)
-    return Memory(weights, gradients, optimizer, activations, states, logits, working, host, resident)
+    return Memory(weights, gradients, optimizer, activations, states, logits, working, host, snapshot, resident)
 
 
 def fullest(layout: Layout) -> tuple[int, Memory]:
@@ -76,16 +79,27 @@ def _persistent(layout: Layout, stage: int) -> tuple[float, float, float, float,
     """Weights, gradients, optimizer state, its part in host memory, and what the update needs for a moment."""
     settings, count = layout.config.optimizer, layout.parameters(stage)
     level = settings.zero_stage if settings.backend == "zero" else 1
-    shards = 1 if level == 0 else layout.shards
-    width, mine = layout.width, count / shards
+    width, mine = layout.width, _mine(layout, stage)
     weights = width * (mine if level == 3 else count)
     gradients = 4.0 * (mine if level >= 2 else count)
     own = settings.backend == "zero" or width == 2  # Megatron's optimizer works on fp32 weights in place
     optimizer = (12.0 if own else 8.0) * mine
     update = _update(layout, level, count, mine)
     if settings.offload:
-        return weights, gradients, 0.0, optimizer, update
+        # an fp32 gradient that the update reads; stages 1 and 2: the updated weights on their way to the device; stage 3: a second
+        # gradient, in which microbatches add up
+        host = optimizer + (4.0 + (4.0 if level == 3 else width)) * mine
+        # on the device stage 1 accumulates whole gradients; stages 1 and 2 fill a bucket during backward, 1 in fp32
+        bucket = (4.0 if level == 1 else width) * min(BUCKET, count) if level < 3 else 0.0
+        return weights, (gradients if level == 1 else 0.0) + bucket, 0.0, host, update
     return weights, gradients, optimizer, 0.0, update
+
+
+def _mine(layout: Layout, stage: int) -> float:
+    """Parameters whose optimizer state is this rank's."""
+    settings = layout.config.optimizer
+    whole = settings.backend == "zero" and settings.zero_stage == 0
+    return layout.parameters(stage) / (1 if whole else layout.shards)
 
 
 def _update(layout: Layout, level: int, count: float, mine: float) -> float:

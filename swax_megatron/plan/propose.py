@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,11 +13,13 @@ from swax_megatron.model.stages import stage_layers
 from swax_megatron.plan.duration import Duration, duration
 from swax_megatron.plan.layout import Layout
 from swax_megatron.plan.memory import Memory, fullest
-from swax_megatron.plan.traffic import Cluster
+from swax_megatron.plan.traffic import Cluster, heads_suffice
 from swax_megatron.schema import Config
 from swax_megatron.validate import validate
 
-USABLE = 0.9  # of a device's memory: the rest is the CUDA context, NCCL's buffers and what the allocator wastes
+# Of a device's memory. The formulas count tensors; torch's allocator reserved 1.19 times as much at the peak of the 1.4B model's step on
+# one H100 (benchmarks/results/plan_memory_h100.jsonl). The CUDA context and NCCL's buffers have to find room in that margin.
+USABLE = 0.84
 PIPELINES = (1, 2, 4, 8, 16)
 ROWS = (1, 2, 4, 8)
 
@@ -31,28 +33,44 @@ class Proposal:
     duration: Duration
 
     def overrides(self) -> list[str]:
-        """What to put on the command line to get it."""
+        """What to put on the command line to get it, whatever the configuration file says of the layout."""
         parallel, train, optimizer = self.layout.config.parallel, self.layout.config.train, self.layout.config.optimizer
         named: dict[str, Any] = {
             "parallel.tensor": parallel.tensor,
             "parallel.pipeline": parallel.pipeline,
             "parallel.virtual_pipeline": parallel.virtual_pipeline,
+            "parallel.pipeline_layers": None,  # balanced, as here
             "parallel.context": parallel.context,
+            "parallel.sequence": parallel.sequence,
             "train.micro_batch_size": train.micro_batch_size,
             "train.recompute": train.recompute,
-            "optimizer.zero_stage": optimizer.zero_stage if optimizer.backend == "zero" else None,
         }
-        return [f"{name}={value}" for name, value in named.items() if value is not None]
+        if optimizer.backend == "zero":
+            named["optimizer.zero_stage"] = optimizer.zero_stage
+        spelt = {None: "null", True: "true", False: "false"}
+        return [f"{name}={spelt[value] if value is None or isinstance(value, bool) else value}" for name, value in named.items()]
 
 
 def proposals(config: Config, world_size: int, cluster: Cluster, count: int = 5) -> list[Proposal]:
     """The ``count`` fastest layouts of a configuration on a number of GPUs; empty where nothing fits."""
+    return fastest(fitting(config, world_size, cluster), cluster, count)
+
+
+def fitting(config: Config, world_size: int, cluster: Cluster) -> list[tuple[Layout, Memory]]:
+    """Every layout that is valid and fits, with what its fullest stage needs."""
     found = []
     for candidate in _candidates(config, world_size, cluster):
         layout = Layout.of(candidate, world_size, "triton")
         _, need = fullest(layout)
         if need.total <= USABLE * cluster.gib * 2**30:
-            found.append(Proposal(layout, need, duration(layout, cluster)))
+            found.append((layout, need))
+    return found
+
+
+def fastest(layouts: Iterable[tuple[Layout, Memory]], cluster: Cluster, count: int, context: str = "halo") -> list[Proposal]:
+    """The ``count`` fastest of them; context: how context-parallel ranks exchange (plan/duration.py)."""
+    possible = (each for each in layouts if context == "halo" or heads_suffice(each[0]))
+    found = [Proposal(layout, need, duration(layout, cluster, context)) for layout, need in possible]
     # of equals the simpler one: fewer parallel degrees, less recomputation
     found.sort(key=lambda each: (round(each.duration.total, 4), each.layout.pipeline, each.layout.tensor, each.layout.context))
     return found[:count]
@@ -101,7 +119,7 @@ def _balanced(config: Config) -> list[int] | None:
     parts = config.parallel.pipeline * (config.parallel.virtual_pipeline or 1)
     if parts == 1:
         return None
-    return list(_division(_Key(config), parts, config.train.recompute == "full"))
+    return list(_division(_Key(config), parts))
 
 
 class _Key:
@@ -109,7 +127,7 @@ class _Key:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self._identity = (repr(config.model), repr(config.window), config.data.sequence_length)
+        self._identity = (repr(config.model), repr(config.window), config.data.sequence_length, config.train.recompute)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Key) and self._identity == other._identity
@@ -119,5 +137,5 @@ class _Key:
 
 
 @lru_cache(maxsize=256)
-def _division(key: _Key, parts: int, recomputed: bool) -> tuple[int, ...]:
+def _division(key: _Key, parts: int) -> tuple[int, ...]:
     return tuple(stage_layers(key.config, parse_pattern(key.config.model.pattern)))

@@ -2,8 +2,9 @@
 
 Groups come from Megatron's rank generator, layers from its stage arithmetic, parameters from the real model (one layer of each kind,
 built here), rows from the mixture's plan and the trainer's slicing, pieces of rows from the context-parallel cut, boxes of the
-optimizer's state from the geometry that checkpoints use. Only where the flat partition is cut is told again here (``_ranges``): the
-backends learn it from their groups when they are built.
+optimizer's state from the geometry that checkpoints use. Only where the flat partition is cut is told again here (``_ranges``), as
+DeepSpeed cuts it (a test compares the boxes with those of real processes). Megatron-core cuts every bucket of its gradient buffers for
+itself: for it the whole run of parameters stands as one bucket.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from types import SimpleNamespace
 from typing import Any
@@ -30,10 +31,15 @@ from swax_megatron.schema import Config
 
 @dataclass(frozen=True)
 class Parameter:
-    """Global shape, and the dimension that tensor-parallel ranks share out (None: each holds the whole)."""
+    """Global shape, and the dimension that tensor-parallel ranks share out (None: each holds the whole).
+
+    decays: with weight decay or in AdamW's other group; copy: of a tied embedding, on the last stage: updated, never saved
+    """
 
     shape: tuple[int, ...]
     shard_dim: int | None
+    decays: bool = True
+    copy: bool = False
 
     def local(self, tensor: int) -> tuple[int, ...]:
         return tuple(size // tensor if dim == self.shard_dim else size for dim, size in enumerate(self.shape))
@@ -135,30 +141,13 @@ def _check_rows(config: Config, world_size: int, place: dict[str, dict[int, int]
 
 def _check_boxes(config: Config, world_size: int, place: dict[str, dict[int, int]], stages: list[list[range]]) -> int:
     """Every element of every parameter's optimizer state lies on one rank (of those that save: not on tensor-parallel replicas)."""
-    tensor = config.parallel.tensor
     layers, ends = _parameters(config)
     kinds = parse_pattern(config.model.pattern)
-    shards = max(place["data"].values()) + 1
-    level = config.optimizer.zero_stage if config.optimizer.backend == "zero" else 1
     boxes: dict[str, list[Box]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    ranges: dict[tuple[int, int], list[list[tuple[str, Parameter, int, int]]]] = {}
-    for rank in range(world_size):
-        lane, stage, shard = place["tensor"][rank], place["pipeline"][rank], place["data"][rank]
-        if (lane, stage) not in ranges:
-            mine = [layer for chunk in stages[stage] for layer in chunk]
-            named = {f"decoder.layers.{i}.{name}": each for i in mine for name, each in layers[kinds[i]].items()}
-            named |= ends["first"] if stage == 0 else {}
-            named |= ends["last"] if stage == len(stages) - 1 else {}
-            ranges[lane, stage] = _ranges(named, tensor, shards, level)
-        if level == 0 and shard:
-            continue  # a replica; the first one saves
-        for name, parameter, start, stop in ranges[lane, stage][0 if level == 0 else shard]:
-            if parameter.shard_dim is None and lane:
-                continue
-            shapes[name] = parameter.shape
-            origin = parameter.origin(lane, tensor)
-            boxes.setdefault(name, []).extend(box.shifted(origin) for box in flat_range_boxes(parameter.local(tensor), start, stop))
+    for _, name, parameter, box in _boxes(config, world_size, place, stages, layers, ends):
+        shapes[name] = parameter.shape
+        boxes.setdefault(name, []).append(box)
     expected = {f"decoder.layers.{i}.{name}" for i, kind in enumerate(kinds) for name in layers[kind]}
     expected |= set(ends["first"]) | set(ends["last"])
     if set(boxes) != expected:
@@ -170,24 +159,77 @@ def _check_boxes(config: Config, world_size: int, place: dict[str, dict[int, int
     return sum(map(len, boxes.values()))
 
 
-def _ranges(named: dict[str, Parameter], tensor: int, shards: int, level: int) -> list[list[tuple[str, Parameter, int, int]]]:
-    """For every shard (name, parameter, first, past last element): a flat run of all parameters together is cut evenly (ZeRO 1 and 2,
-    Megatron), or every parameter for itself (ZeRO 3); at stage 0 one shard holds all.
+def optimizer_boxes(config: Config, world_size: int) -> list[tuple[int, str, tuple[int, ...], tuple[int, ...]]]:
+    """(rank, parameter, offsets, sizes) of every box of optimizer state that a rank would save."""
+    device.install_cpu_shim()
+    from swax_megatron.parallel.groups import rank_layout
+
+    parallel = config.parallel
+    groups = rank_layout(world_size, parallel.tensor, parallel.pipeline, parallel.context)
+    place = {kind: {rank: index for group in lists for index, rank in enumerate(group)} for kind, lists in groups.items()}
+    found = _boxes(config, world_size, place, _stages(config), *_parameters(config))
+    return [(rank, name, tuple(box.offsets), tuple(box.sizes)) for rank, name, _, box in found]
+
+
+def _boxes(
+    config: Config,
+    world_size: int,
+    place: dict[str, dict[int, int]],
+    stages: list[list[range]],
+    layers: dict[str, dict[str, Parameter]],
+    ends: dict[str, dict[str, Parameter]],
+) -> Iterator[tuple[int, str, Parameter, Box]]:
+    tensor = config.parallel.tensor
+    kinds = parse_pattern(config.model.pattern)
+    shards = max(place["data"].values()) + 1
+    level = config.optimizer.zero_stage if config.optimizer.backend == "zero" else None
+    ranges: dict[tuple[int, int], list[list[tuple[str, Parameter, int, int]]]] = {}
+    for rank in range(world_size):
+        lane, stage, shard = place["tensor"][rank], place["pipeline"][rank], place["data"][rank]
+        if (lane, stage) not in ranges:
+            mine = [layer for chunk in stages[stage] for layer in chunk]
+            named = dict(ends["first"]) if stage == 0 else {}
+            named |= {f"decoder.layers.{i}.{name}": each for i in mine for name, each in layers[kinds[i]].items()}
+            if stage == len(stages) - 1:
+                named |= ends["last"]
+                if stage and config.model.tie_embeddings:
+                    named |= {name: replace(each, copy=True) for name, each in ends["first"].items()}
+            ranges[lane, stage] = _ranges(named, tensor, shards, level)
+        if level == 0 and shard:
+            continue  # a replica; the first one saves
+        for name, parameter, start, stop in ranges[lane, stage][0 if level == 0 else shard]:
+            if (parameter.shard_dim is None and lane) or parameter.copy:
+                continue
+            origin = parameter.origin(lane, tensor)
+            for box in flat_range_boxes(parameter.local(tensor), start, stop):
+                yield rank, name, parameter, box.shifted(origin)
+
+
+def _ranges(named: dict[str, Parameter], tensor: int, shards: int, level: int | None) -> list[list[tuple[str, Parameter, int, int]]]:
+    """For every shard (name, parameter, first, past last element). level: ZeRO's stage; None: Megatron's optimizer.
+
+    ZeRO 1 and 2 flatten either group of AdamW (with decay, without), pad it to a multiple of 2 x shards and cut it evenly; Megatron cuts
+    all parameters together; ZeRO 3 every parameter for itself; at stage 0 one shard holds all.
     """
-    sizes = {name: prod(parameter.local(tensor)) for name, parameter in named.items()}
     parts = 1 if level == 0 else shards
     found: list[list[tuple[str, Parameter, int, int]]] = [[] for _ in range(parts)]
-    total = sum(sizes.values())
-    position = 0
-    for name, parameter in named.items():
-        size = sizes[name]
-        share = -(-size // parts) if level == 3 else -(-total // parts)
-        base = 0 if level == 3 else position
-        for part in range(base // share, min(parts, -(-(base + size) // share))):
-            start, stop = max(base, part * share) - base, min(base + size, (part + 1) * share) - base
-            if start < stop:
-                found[part].append((name, parameter, start, stop))
-        position += size
+    if level == 3:
+        runs = [[name] for name in named]
+    elif level is None:
+        runs = [list(named)]
+    else:
+        runs = [[name for name, parameter in named.items() if parameter.decays == decays] for decays in (True, False)]
+    padding = 1 if level in (3, None) else 2
+    for run in runs:
+        sizes = {name: prod(named[name].local(tensor)) for name in run}
+        share = -(-sum(sizes.values()) // (padding * parts)) * padding
+        position = 0
+        for name, size in sizes.items():
+            for part in range(position // share, min(parts, -(-(position + size) // share))):
+                start, stop = max(position, part * share) - position, min(position + size, (part + 1) * share) - position
+                if start < stop:
+                    found[part].append((name, named[name], start, stop))
+            position += size
     return found
 
 
@@ -196,6 +238,7 @@ def _parameters(config: Config) -> tuple[dict[str, dict[str, Parameter]], dict[s
     from swax_megatron.model.parameters import named_global_parameters
     from swax_megatron.model.swax import SwaxModel
     from swax_megatron.model.transformer_config import transformer_config
+    from swax_megatron.optim.backend import mark_decay
     from swax_megatron.parallel import groups
 
     kinds = "".join(sorted(set(parse_pattern(config.model.pattern))))
@@ -208,7 +251,9 @@ def _parameters(config: Config) -> tuple[dict[str, dict[str, Parameter]], dict[s
     try:
         joined = groups.initialize(small)
         model: Any = SwaxModel(transformer_config(small, joined), small.data.sequence_length, True, True, None)
-        named = {name: Parameter(tuple(each.shape), each.shard_dim) for name, each in _own(named_global_parameters(model))}
+        mark_decay([model], small)
+        own = _own(named_global_parameters(model))
+        named = {name: Parameter(tuple(each.shape), each.shard_dim, each.decay) for name, each in own}
     finally:
         groups.shut_down()
     layers = {

@@ -4,10 +4,12 @@ sends (n - 1) / n of the whole, an all-reduce twice that.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from swax_megatron.model.cost import COSTS
 from swax_megatron.plan.layout import Layout
+from swax_megatron.schema import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,9 @@ class Cluster:
     gpus_per_node: int = 8
     gib: float = 80.0
     peak_tflops: float = 989.0  # dense bf16 of an H100 SXM
-    efficiency: float = 0.5  # share of the peak that layers reach while they compute
+    # Share of the peak that layers reach while they compute: with it the plan's step of the 1.4B model on one H100 takes 0.98 (window 128)
+    # and 1.02 (2,048) of the measured time (benchmarks/results/train_step_h100.jsonl).
+    efficiency: float = 0.334
     inside: float = 300e9  # NVLink 4: 450 GB/s each way, two thirds of it reached
     between: float = 40e9  # 400 Gb/s a GPU, four fifths of it reached
     latency: float = 10e-6
@@ -73,16 +77,40 @@ def data_bytes(layout: Layout, stage: int) -> float:
     return (4.0 * reductions + layout.width * gathers) * count * share
 
 
-def context_bytes(layout: Layout, stage: int, window: int) -> float:
+def all_to_all_bytes(model: ModelConfig, kind: str, length: int, width: int, ranks: int) -> float:
+    """Bytes that a rank sends for one row's forward pass when sequence is exchanged for heads and back (Jacobs et al. 2023, "Ulysses").
+
+    Queries, keys, values and outputs once; an mLSTM's gates, a number a head and token, are left out.
+    """
+    if kind == "M":
+        channels = model.mlstm_heads * (2 * model.mlstm_qk_dim + 2 * model.mlstm_v_dim)
+    else:
+        channels = model.attention_head_dim * 2 * (model.attention_heads + model.attention_kv_heads)
+    return width * channels * length / ranks * (ranks - 1) / ranks
+
+
+def heads_suffice(layout: Layout) -> bool:
+    """Whether every rank of tensor x context would have heads of its own, which an exchange of sequence for heads needs."""
+    model, kinds = layout.config.model, set("".join(layout.parts))
+    heads = [model.mlstm_heads] if "M" in kinds else []
+    heads += [model.attention_heads, model.attention_kv_heads] if kinds & set("SF") else []
+    return layout.context == 1 or all(each % (layout.tensor * layout.context) == 0 for each in heads)
+
+
+def context_bytes(layout: Layout, stage: int, window: int, context: str = "halo") -> float:
     """What the busiest rank sends of a micro-batch's window halos and memories: forward, again where mixers are recomputed, and back.
 
     Forward goes to the right and backward to the left, so the first rank has nothing to send in backward, the last one in forward.
+    context: "halo", as the runs do; "all_to_all", as they would if they exchanged sequence for heads.
     """
     forwards = 1 if layout.config.train.recompute == "none" else 2
     model, length = layout.config.model, layout.config.data.sequence_length
-    kinds = [kind for chunk in layout.stage(stage) for kind in chunk]
+    kinds = Counter("".join(layout.stage(stage)))
+    if context == "all_to_all":
+        once = sum(count * all_to_all_bytes(model, kind, length, layout.width, layout.context) for kind, count in kinds.items())
+        return (forwards + 1) * once * layout.config.train.micro_batch_size / layout.tensor
     sent = [
-        sum(COSTS[kind].context_bytes(model, length, window, layout.width, layout.context, rank) for kind in kinds)
+        sum(count * COSTS[kind].context_bytes(model, length, window, layout.width, layout.context, rank) for kind, count in kinds.items())
         for rank in range(layout.context)
     ]
     busiest = max(forwards * ahead + back for ahead, back in zip(sent, reversed(sent), strict=True))

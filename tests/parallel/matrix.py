@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import itertools
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -17,7 +19,9 @@ from swax_megatron.schema import Config
 from swax_megatron.validate import validate
 from tests import runs
 
-PROCESSES = 8  # of the largest combinations that are run
+PROCESSES = 8  # of the largest combinations that are run: a limit of what two cores can do, not of what is supported
+BATCHES = (4, 8, 16, 32, 64)  # rows of an update; a combination takes the smallest that fits
+LENGTHS = (92, 104, 96)  # of a row; likewise. The first two are no multiples of the mLSTM's chunk
 # grouped-query heads that divide over four ranks; a vocabulary whose padding falls on the last of them
 MODEL: dict[str, Any] = {"attention_heads": 8, "attention_kv_heads": 4}
 
@@ -37,6 +41,7 @@ PIPELINE: dict[str, dict[str, Any]] = {
     "PP4": {"pipeline": 4},
     "PP4x2": {"pipeline": 4, "virtual_pipeline": 2},
 }
+CONTEXT = {"CP1": 1, "CP2": 2, "CP4": 4}
 DATA = {"DP1": 1, "DP2": 2, "DP4": 4}
 OPTIMIZER: dict[str, dict[str, Any]] = {
     "zero0": {"zero_stage": 0},
@@ -54,7 +59,7 @@ RECOMPUTE = ("none", "selective", "full")
 PRECISION = ("fp32", "bf16")
 TIED = {"untied": False, "tied": True}
 ROWS = {"mb1": 1, "mb2": 2}
-AXES: tuple[Iterable[str], ...] = (TENSOR, PIPELINE, DATA, OPTIMIZER, ROWS, RECOMPUTE, PRECISION, TIED)
+AXES: tuple[Iterable[str], ...] = (TENSOR, PIPELINE, CONTEXT, DATA, OPTIMIZER, ROWS, RECOMPUTE, PRECISION, TIED)
 
 
 class Combination(NamedTuple):
@@ -62,6 +67,7 @@ class Combination(NamedTuple):
 
     tensor: str
     pipeline: str
+    context: str
     data: str
     optimizer: str
     rows: str
@@ -74,7 +80,27 @@ class Combination(NamedTuple):
 
     @property
     def processes(self) -> int:
-        return TENSOR[self.tensor]["tensor"] * PIPELINE[self.pipeline]["pipeline"] * DATA[self.data]
+        return TENSOR[self.tensor]["tensor"] * PIPELINE[self.pipeline]["pipeline"] * CONTEXT[self.context] * DATA[self.data]
+
+    @property
+    def layout(self) -> tuple[str, ...]:
+        """What validate() looks at; recomputation, precision and tied embeddings go with every layout (a test checks it)."""
+        return self[:6]
+
+    @property
+    def batch(self) -> int:
+        """Rows of an update: microbatches enough to add up, to fill every stage, and to interleave."""
+        pipeline = PIPELINE[self.pipeline]
+        stages, rows = pipeline["pipeline"], ROWS[self.rows] * DATA[self.data]
+        multiple = rows * (stages if "virtual_pipeline" in pipeline else 1)
+        return next(size for size in BATCHES if size % multiple == 0 and size // rows >= max(2, stages))
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row, which its pieces divide."""
+        tensor = TENSOR[self.tensor]
+        pieces = CONTEXT[self.context] * (tensor["tensor"] if tensor["sequence"] else 1)
+        return next(length for length in LENGTHS if length % pieces == 0)
 
     @property
     def model(self) -> dict[str, Any]:
@@ -84,9 +110,15 @@ class Combination(NamedTuple):
         """What differs from the configuration of one process (tests/runs.py), for ``small_config``."""
         return {
             "model": self.model,
-            "parallel": {**TENSOR[self.tensor], **PIPELINE[self.pipeline]},
+            "parallel": {**TENSOR[self.tensor], **PIPELINE[self.pipeline], "context": CONTEXT[self.context]},
             "optimizer": OPTIMIZER[self.optimizer],
-            "train": {"micro_batch_size": ROWS[self.rows], "recompute": self.recompute, "precision": self.precision},
+            "data": {"sequence_length": self.length},
+            "train": {
+                "micro_batch_size": ROWS[self.rows],
+                "global_batch_size": self.batch,
+                "recompute": self.recompute,
+                "precision": self.precision,
+            },
         }
 
 
@@ -114,18 +146,15 @@ def refusal(combination: Combination) -> str | None:
 
 
 @cache
-def _layout_refusal(layout: tuple[str, ...]) -> str | None:
+def layout_refusal(layout: tuple[str, ...]) -> str | None:
     return refusal(Combination(*layout, "none", "fp32", "untied"))
 
 
 @cache
 def supported(processes: int = PROCESSES) -> list[Combination]:
-    """Combinations of at most so many processes that validate() accepts.
-
-    It is asked once for each layout: recomputation, precision and tied embeddings go with all of them (a test checks it).
-    """
+    """Combinations of at most so many processes that validate() accepts, which is asked once for each layout."""
     small = (each for each in combinations() if each.processes <= processes)
-    return [each for each in small if _layout_refusal(each[:5]) is None]
+    return [each for each in small if layout_refusal(each.layout) is None]
 
 
 def cover(candidates: Sequence[Combination], interactions: Iterable[tuple[int, ...]]) -> list[Combination]:
@@ -137,21 +166,29 @@ def cover(candidates: Sequence[Combination], interactions: Iterable[tuple[int, .
 
     # in an order of no meaning, so that ties do not favour the first value of every axis
     shuffled = sorted(candidates, key=lambda each: hashlib.blake2b(str(each).encode()).digest())
-    holds = {candidate: held(candidate) for candidate in shuffled}
-    missing: set[tuple] = set().union(*holds.values())
+    holds = [held(candidate) for candidate in shuffled]
+    missing: set[tuple] = set().union(*holds)
+
+    def worth(index: int) -> float:
+        return len(holds[index] & missing) / (2 + shuffled[index].processes)  # what a run costs
+
+    queue = [(-worth(index), index) for index in range(len(shuffled))]
+    heapq.heapify(queue)
     chosen: list[Combination] = []
     while missing:
-        best = max(holds, key=lambda candidate: len(holds[candidate]) / (2 + candidate.processes))  # what a run costs
-        chosen.append(best)
-        new = holds.pop(best) & missing
-        missing -= new
-        holds = {candidate: rest for candidate, values in holds.items() if (rest := values - new)}
+        promised, index = heapq.heappop(queue)
+        if worth(index) < -promised:  # others hold part of it by now; what it is worth never grows
+            heapq.heappush(queue, (-worth(index), index))
+            continue
+        chosen.append(shuffled[index])
+        missing -= holds[index]
     return sorted(chosen, key=lambda each: (each.processes, each))
 
 
 ALONE = [(axis,) for axis in range(len(AXES))]
 PAIRS = list(itertools.combinations(range(len(AXES)), 2))
-LAYOUTS = [(0, 1, 3)]  # tensor x pipeline x optimizer: where the ways of reducing gradients meet
+# tensor x pipeline x optimizer and pipeline x context x optimizer: where the ways of reducing gradients meet
+LAYOUTS = [(0, 1, 4), (1, 2, 4)]
 
 
 @cache
@@ -160,12 +197,18 @@ def sample() -> list[Combination]:
 
     What is partitioned over data-parallel ranks is looked at where there are some, or under a pipeline, as far as four go.
     """
-    return cover([each for each in supported(4) if {"DP2", "DP4", "TP4-SP"} & set(each) or each.pipeline != "PP1"], ALONE)
+    return cover([each for each in supported(4) if {"CP2", "CP4", "DP2", "DP4", "TP4-SP"} & set(each) or each.pipeline != "PP1"], ALONE)
 
 
 @cache
 def matrix() -> list[Combination]:
-    """For ``make test-matrix``: every supported pair of values, and every supported tensor x pipeline x optimizer."""
+    """For ``make test-matrix``: every supported pair of values, and every supported tensor x pipeline x optimizer and
+    pipeline x context x optimizer.
+
+    SWAX_MATRIX=all: every supported combination of at most eight processes (days).
+    """
+    if os.environ.get("SWAX_MATRIX") == "all":
+        return sorted(supported(), key=lambda each: (each.processes, each))
     return cover(supported(), [*PAIRS, *LAYOUTS])
 
 
@@ -177,7 +220,8 @@ def table() -> list[str]:
         spelt = ", ".join(f"`{field}={str(value).lower()}`" for field, value in fields.items())
         cells = []
         for pipeline in schedules.values():
-            layouts = [Combination(tensor, pipeline, "DP2", name, "mb1", *rest) for tensor in TENSOR for rest in _FREE]
+            parts = itertools.product(TENSOR, [pipeline], CONTEXT)
+            layouts = [Combination(*part, "DP2", name, "mb1", *rest) for part in parts for rest in _FREE]
             verdicts = {refusal(each) is None for each in layouts}
             assert len(verdicts) == 1, f"{name} with {pipeline} depends on more than the schedule: the table needs another column"
             cells.append("yes" if verdicts.pop() else "refused")

@@ -5,24 +5,33 @@ loss masks, two sources, a stochastic window and M and S layers. The combination
 
 Tolerances, fp32: a layout changes nothing but the order of sums (over tensor-parallel shards, microbatches and ranks), so
 losses near 5 differ by a few units in the last place (4.8e-7 each), gradient norms near 3 by a few as well, and weights by
-that noise times the learning rate over AdamW's eps. A gradient that is lost, doubled or averaged wrongly moves the norm by
-1e-2 and weights by 1e-4 and more.
+that noise times the learning rate over AdamW's eps. Moments are compared tensor by tensor, relative to the tensor's own largest
+value (those of the gates' biases are a millionth of others). A gradient that is lost, doubled or averaged wrongly moves the
+norm by 1e-2, weights by 1e-4 and moments by 1e-2 and more.
 
-bf16: where values are rounded to 8 bits (relative 4e-3 an operation) depends on three things: the tensor-parallel layout,
-whose ranks round partial sums; the micro-batch; and whether a pipeline parts a tied embedding's two gradients, which are
-then added in fp32. Small models feel that: one process itself is 8 percent off its fp32 gradient norm. So a combination must
-equal, within the tolerances of fp32, the plain run that shares these three, and that plain run one process, within bf16's.
+bf16: where values are rounded to 8 bits (relative 4e-3 an operation) depends on four things: the tensor-parallel layout,
+whose ranks round partial sums; the micro-batch; the pieces of a row; and whether a pipeline parts a tied embedding's two
+gradients, which are then added in fp32. A combination must equal, within the tolerances of fp32, the plain run that shares
+these four; and that plain run one process in bf16. The latter is asked of the first update, before which both have the same
+weights (a second one amplifies whatever the first left): every tensor's gradient, its norm, and the losses. Without tensor
+parallelism little is rounded elsewhere: tensors' gradients agree to 1e-2 of their length. With it partial sums of every
+projection are, and the gradient as a whole is 11 to 16 percent of its length away, as one bf16 process is 14 percent away from
+fp32; no bound on that comparison can see less. It does see a sum that is missing, and fp32 sees the rest of the same code.
 """
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from swax_megatron.config import from_dict
 from tests import runs
 from tests.parallel import matrix
 from tests.parallel.conftest import END, START
@@ -33,7 +42,7 @@ TP2_SP, MEGATRON = {"tensor": 2}, {"backend": "megatron"}
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Largest differences: absolute, but of the gradient norm relative."""
+    """Largest differences: absolute; of the gradient norm relative, of a moment relative to its tensor's largest value."""
 
     loss: float
     grad_norm: float
@@ -41,7 +50,18 @@ class Tolerance:
     moment: float
 
 
-FP32, BF16 = Tolerance(5e-6, 1e-5, 5e-6, 5e-5), Tolerance(1e-2, 0.1, 4e-3, 1e-2)
+@dataclass(frozen=True)
+class Rounding:
+    """Largest differences of a first update: of losses, relative of the gradient norm, and of gradients relative to their length."""
+
+    loss: float
+    grad_norm: float
+    tensor: float  # of each tensor; twice that for the gates' biases, sums over all tokens that nearly cancel
+    whole: float  # of all together
+
+
+FP32 = Tolerance(5e-6, 1e-5, 5e-6, 1e-4)
+BF16, BF16_TENSOR = Rounding(5e-3, 2e-3, 3e-2, 2e-2), Rounding(5e-3, 4e-2, 0.3, 0.2)
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "one microbatch of the whole batch": (1, {"train": {"micro_batch_size": 4}}),
     "recompute selective": (1, {"train": {"recompute": "selective"}}),
@@ -78,49 +98,99 @@ def execute(workers: Callable[[int], Workers], size: int, raw: dict[str, Any]) -
     return histories[0], runs.weights(Path(raw["run_dir"]), END)
 
 
-def compare(run: Run, reference: Run, within: Tolerance = FP32) -> None:
+def compare(run: Run, reference: Run, within: Tolerance = FP32) -> dict[str, float]:
+    """Returns the largest differences, by what differs."""
     (history, tensors), (expected, expected_tensors) = run, reference
     assert history["first_step"] == [START]
     assert history["window/size"] == expected["window/size"] and history["data/targets"] == expected["data/targets"]
     assert history["loss/train"] == pytest.approx(expected["loss/train"], abs=within.loss, rel=0)
     assert history["loss/validation"] == pytest.approx(expected["loss/validation"], abs=within.loss, rel=0)
     assert history["optim/grad_norm"] == pytest.approx(expected["optim/grad_norm"], rel=within.grad_norm, abs=0)
-    for prefix, bound in (("param.", within.weight), ("exp_avg.", within.moment), ("exp_avg_sq.", within.moment)):
-        difference, name = runs.largest_difference(tensors, expected_tensors, prefix)
-        assert difference <= bound, f"{name} differs by {difference:.2e}"
+    weight, name = runs.largest_difference(tensors, expected_tensors)
+    assert weight <= within.weight, f"{name} differs by {weight:.2e}"
+    moment = 0.0
+    for name in (name for name in expected_tensors if not name.startswith("param.")):
+        off = (tensors[name] - expected_tensors[name]).abs().max().item()
+        largest = expected_tensors[name].abs().max().item()
+        assert off <= within.moment * largest + 1e-12, f"{name} differs by {off:.2e} where its largest value is {largest:.2e}"
+        moment = max(moment, off / max(largest, 1e-30))
+    losses = [(history[name], expected[name]) for name in ("loss/train", "loss/validation")]
+    loss = max(abs(a - b) for pair in losses for a, b in zip(*pair, strict=True))
+    norms = zip(history["optim/grad_norm"], expected["optim/grad_norm"], strict=True)
+    return {"loss": loss, "grad_norm": max(abs(a / b - 1.0) for a, b in norms), "weight": weight, "moment": moment}
+
+
+def first_gradients(raw: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The clipped gradient of the first update, tensor by tensor, from the moments before and after it."""
+    before, after = (runs.weights(Path(raw["run_dir"]), step) for step in (START, START + 1))
+    beta = from_dict(raw).optimizer.beta1
+    moments = [name for name in before if name.startswith("exp_avg.")]
+    return {name.removeprefix("exp_avg."): (after[name] - beta * before[name]) / (1.0 - beta) for name in moments}
+
+
+Rounded = tuple[dict[str, list[float]], dict[str, torch.Tensor]]
+
+
+def compare_rounded(run: Rounded, reference: Rounded, within: Rounding) -> None:
+    """Two bf16 runs that round elsewhere, by the first update (see above). A run is its history and its first_gradients."""
+    (history, gradients), (expected, expected_gradients) = run, reference
+    assert history["window/size"] == expected["window/size"] and history["data/targets"] == expected["data/targets"]
+    for name in ("loss/train", "loss/validation"):
+        assert history[name] == pytest.approx(expected[name], abs=within.loss, rel=0)
+    assert history["optim/grad_norm"][0] == pytest.approx(expected["optim/grad_norm"][0], rel=within.grad_norm, abs=0)
+    assert gradients.keys() == expected_gradients.keys()
+    off = {name: (gradients[name] - each).norm().item() for name, each in expected_gradients.items()}
+    length = {name: each.norm().item() for name, each in expected_gradients.items()}
+    whole = math.hypot(*off.values()) / math.hypot(*length.values())
+    allowed = {name: within.tensor * (2.0 if name.endswith("gate_proj.bias") else 1.0) for name in off}
+    worst = max(off, key=lambda name: off[name] / (length[name] * allowed[name]))
+    if os.environ.get("SWAX_SHOW"):
+        norm = history["optim/grad_norm"][0] / expected["optim/grad_norm"][0] - 1.0
+        print(f"bf16: gradient off by {whole:.1e}, {worst} by {off[worst] / length[worst]:.1e}, norm by {norm:.1e}")
+    assert off[worst] <= allowed[worst] * length[worst], f"the gradient of {worst} is off by {off[worst] / length[worst]:.1e} of its length"
+    assert whole <= within.whole, f"the gradient is off by {whole:.1e} of its length"
 
 
 @pytest.fixture(scope="module")
 def reference(workers: Callable[[int], Workers], started: Callable) -> Callable[..., Run]:
-    """reference(model fields): the run of one process; with plain fields of bf16, theirs, compared with one process itself."""
-    made: dict[str, Run] = {}
+    """reference(**sections): the plain run that a case must equal; in bf16 it has itself been compared with one process."""
+    made: dict[str, tuple[Run, dict[str, torch.Tensor]]] = {}
 
-    def get(model: dict[str, Any], precision: str = "fp32", parallel: dict[str, Any] | None = None, rows: int = 1) -> Run:
-        parallel = parallel or {}
-        key = repr((sorted(model.items()), precision, sorted(parallel.items()), rows))
+    def run(sections: dict[str, dict[str, Any]]) -> tuple[Run, dict[str, torch.Tensor]]:
+        key = repr(sorted((name, sorted(fields.items())) for name, fields in sections.items()))
         if key not in made:
-            train = {"precision": precision, "micro_batch_size": rows}
-            raw = started(f"reference-{len(made)}", model=model, train=train, parallel=parallel)
-            size = parallel.get("tensor", 1) * parallel.get("pipeline", 1)
-            run = execute(workers, size, raw)
-            if size > 1 or rows > 1:
-                compare(run, get(model, precision), BF16)
-            made[key] = run
+            bf16 = sections["train"].get("precision") == "bf16"
+            raw = started(f"reference-{len(made)}", interval=1 if bf16 else END, **sections)
+            parallel = sections.get("parallel", {})
+            size = math.prod(parallel.get(field, 1) for field in ("tensor", "pipeline", "context"))
+            found = execute(workers, size, raw), first_gradients(raw) if bf16 else {}
+            if size > 1 or "micro_batch_size" in sections["train"]:
+                train = {field: value for field, value in sections["train"].items() if field != "micro_batch_size"}
+                (alone, _), gradients = run({**sections, "parallel": {}, "train": train})
+                within = BF16_TENSOR if parallel.get("tensor", 1) > 1 else BF16
+                compare_rounded((found[0][0], found[1]), (alone, gradients), within)
+            made[key] = found
         return made[key]
+
+    def get(**sections: dict[str, Any]) -> Run:
+        model, train, parallel = (sections.get(section, {}) for section in ("model", "train", "parallel"))
+        kept = ("global_batch_size", "precision")
+        plain: dict[str, Any] = {}
+        if train.get("precision") == "bf16":
+            kept = (*kept, "micro_batch_size") if train.get("micro_batch_size", 1) > 1 else kept
+            plain = {field: parallel[field] for field in ("tensor", "context") if parallel.get(field, 1) > 1}
+            if "tensor" in plain:
+                plain["sequence"] = parallel.get("sequence", True)
+            if model.get("tie_embeddings") and parallel.get("pipeline", 1) > 1:
+                plain["pipeline"] = 2
+        identity = {"model": model, "data": sections.get("data", {}), "window": sections.get("window", {}), "parallel": plain}
+        return run({**identity, "train": {field: train[field] for field in kept if field in train}})[0]
 
     return get
 
 
-def check(name: str, size: int, sections: dict[str, Any], workers: Any, started: Any, reference: Any) -> None:
-    model, train, parallel = (sections.get(section, {}) for section in ("model", "train", "parallel"))
-    if train.get("precision", "fp32") == "fp32":
-        expected = reference(model)
-    else:
-        plain = {field: value for field, value in parallel.items() if field in ("tensor", "sequence")}
-        if model.get("tie_embeddings") and parallel.get("pipeline", 1) > 1:
-            plain["pipeline"] = 2
-        expected = reference(model, "bf16", plain, train.get("micro_batch_size", 1))
-    compare(execute(workers, size, started(name.replace(" ", "_"), **sections)), expected)
+def check(name: str, size: int, sections: dict[str, Any], workers: Any, started: Any, reference: Any) -> dict[str, float]:
+    return compare(execute(workers, size, started(name.replace(" ", "_"), **sections)), reference(**sections))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -128,15 +198,17 @@ def test_layout_equals_one_process(name: str, workers: Any, started: Any, refere
     check(name, *CASES[name], workers, started, reference)
 
 
-def test_sampled_combination_equals_one_process(combination: Any, workers: Any, started: Any, reference: Any) -> None:
-    check(str(combination), combination.processes, combination.sections(), workers, started, reference)
+def test_sampled_combination_equals_one_process(combination: Any, workers: Any, started: Any, reference: Any, differences: Any) -> None:
+    found = check(str(combination), combination.processes, combination.sections(), workers, started, reference)
+    differences.setdefault(combination.precision, []).append(found)
 
 
 @pytest.mark.matrix
-def test_combination_equals_one_process(combination: Any, workers: Any, started: Any, reference: Any) -> None:
-    tensor = matrix.TENSOR[combination.tensor]["tensor"]
-    workers.keep(1, tensor, 2 * tensor, combination.processes)  # of this run and of what it is compared with
-    check(str(combination), combination.processes, combination.sections(), workers, started, reference)
+def test_combination_equals_one_process(combination: Any, workers: Any, started: Any, reference: Any, differences: Any) -> None:
+    shared = matrix.TENSOR[combination.tensor]["tensor"] * matrix.CONTEXT[combination.context]
+    workers.keep(1, shared, 2 * shared, combination.processes)  # of this run and of what it is compared with
+    found = check(str(combination), combination.processes, combination.sections(), workers, started, reference)
+    differences.setdefault(combination.precision, []).append(found)
 
 
 def train_without_model_parallel_sums(raw: dict[str, Any]) -> dict[str, list[float]]:
@@ -162,7 +234,7 @@ def test_the_comparison_sees_a_lost_gradient(name: str, workers: Any, started: A
     size, sections = CASES[name]
     raw = started(f"lost_{name.replace(' ', '_')}", **sections)
     run = workers(size).run(train_without_model_parallel_sums, raw)[0], runs.weights(Path(raw["run_dir"]), END)
-    expected = reference(sections.get("model", {}))
+    expected = reference(**sections)
     assert run[0]["loss/train"][0] == pytest.approx(expected[0]["loss/train"][0], abs=FP32.loss, rel=0)
     losses = {metric: expected[0][metric] for metric in ("loss/train", "loss/validation")}  # which would tell as well
     with pytest.raises(AssertionError):
@@ -173,7 +245,29 @@ def test_the_comparison_sees_another_learning_rate(workers: Any, started: Any, r
     """A run that differs in nothing but a thousandth of the learning rate is told apart from the reference."""
     run = execute(workers, 1, started("slower", optimizer={"learning_rate": 5e-3 * 0.999}))
     with pytest.raises(AssertionError):
-        compare(run, reference({}))
+        compare(run, reference())
+
+
+def test_the_comparison_sees_another_second_moment(workers: Any, started: Any, reference: Any) -> None:
+    """A run that differs in nothing but beta2 by a hundredth is told apart by the second moments themselves."""
+    run = execute(workers, 1, started("longer", optimizer={"beta2": 0.95 * 0.99}))
+    history, tensors = reference()
+    moments = {name: tensor for name, tensor in run[1].items() if name.startswith("exp_avg_sq.")}
+    with pytest.raises(AssertionError, match="exp_avg_sq"):
+        compare((history, {**tensors, **moments}), (history, tensors))
+
+
+def test_the_comparison_of_bf16_runs_sees_a_lost_gradient(workers: Any, started: Any) -> None:
+    """Norm weights that keep the gradient of their piece of the sequence, among all that tensor parallelism rounds elsewhere."""
+    bf16 = {"precision": "bf16"}
+    found = []
+    for name, task, size in (("alone", runs.train, 1), ("whole", runs.train, 2), ("lost", train_without_model_parallel_sums, 2)):
+        raw = started(f"bf16_{name}", interval=1, train=bf16, parallel={"tensor": size})
+        found.append((workers(size).run(task, raw)[0], first_gradients(raw)))
+    alone, whole, (_, lost) = found
+    compare_rounded(whole, alone, BF16_TENSOR)
+    with pytest.raises(AssertionError, match="the gradient of .*layernorm"):
+        compare_rounded((whole[0], lost), alone, BF16_TENSOR)
 
 
 def test_bf16_optimizers_agree_to_fp32_rounding(workers: Any, started: Any) -> None:

@@ -10,16 +10,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from scripts import write_scaling
 from swax_megatron.config import from_dict, load_config
 from swax_megatron.model.cost import COSTS, param_count
+from swax_megatron.model.stages import layer_costs
 from swax_megatron.plan.__main__ import main
-from swax_megatron.plan.duration import bubble, duration
+from swax_megatron.plan.duration import bubble, core_flops, duration
 from swax_megatron.plan.layout import Layout
 from swax_megatron.plan.memory import fullest
 from swax_megatron.plan.propose import USABLE, proposals
-from swax_megatron.plan.simulate import check_owned, simulate
+from swax_megatron.plan.simulate import check_owned, optimizer_boxes, simulate
 from swax_megatron.plan.traffic import Cluster, context_bytes, traffic
 from swax_megatron.validate import validate
 from tests import runs
@@ -79,6 +81,61 @@ def test_proposals_are_valid_fit_and_are_sorted() -> None:
         assert other.parts == each.layout.parts and duration(other, cluster) == each.duration
         assert fullest(other)[1] == each.memory and each.memory.total <= USABLE * 40 * 2**30
     assert proposals(load_config(SEVEN), 1, Cluster(gib=40.0), 1) == []
+
+
+@pytest.mark.parametrize("backend", ["zero", "megatron"])
+def test_overrides_of_a_proposal_undo_the_layout_of_the_file(backend: str) -> None:
+    """From a file with stages, chunks and their layers by hand: what is printed loads, is valid and is what was proposed."""
+    base = ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.pipeline_layers=[5,7,7,5]", f"optimizer.backend={backend}"]
+    config = load_config(CONFIG, base)
+    validate(config, 8, cuda=True)
+    found = proposals(config, 8, Cluster(), 1000)
+    assert {each.layout.chunks for each in found} == {1, 2} and {each.layout.config.parallel.sequence for each in found} == {True, False}
+    for each in found[::9]:
+        again = load_config(CONFIG, [*base, *each.overrides()])
+        validate(again, 8, cuda=True)
+        assert Layout.of(again, 8, "triton").parts == each.layout.parts and again.parallel.sequence == each.layout.config.parallel.sequence
+
+
+def test_stages_balance_what_is_recomputed() -> None:
+    """The cores of the mixers count once more under selective recomputation, whole layers under full; the head's second logits always."""
+    config = load_config(CONFIG)
+    cost: dict[str, tuple[list[float], float]] = {}
+    for config.train.recompute in ("none", "selective", "full"):
+        cost[config.train.recompute] = layer_costs(config, "MS")
+    core = COSTS["M"].core_flops(config.model, config.data.sequence_length, 0)
+    assert cost["selective"][0][0] - cost["none"][0][0] == pytest.approx(core / 3)
+    for index in range(2):
+        none, selective, full = (cost[how][0][index] for how in ("none", "selective", "full"))
+        assert none < selective < full == pytest.approx(none * 4 / 3)
+    assert len({head for _, head in cost.values()}) == 1
+
+
+def test_an_all_to_all_needs_heads_and_sends_with_the_row() -> None:
+    short, long = (layout(CONFIG, 4, "parallel.tensor=1", "parallel.context=4", f"data.sequence_length={t}") for t in (16384, 131072))
+    assert context_bytes(long, 0, 2048) == context_bytes(short, 0, 2048)
+    assert context_bytes(long, 0, 2048, "all_to_all") == 8 * context_bytes(short, 0, 2048, "all_to_all") > 0
+    assert duration(short, Cluster(), "all_to_all").context != duration(short, Cluster()).context
+    with pytest.raises(ValueError, match="parallel.tensor=1 x parallel.context=8 ranks need heads .* model.mlstm_heads=4"):
+        duration(layout(CONFIG, 8, "parallel.tensor=1", "parallel.context=8"), Cluster(), "all_to_all")
+    with pytest.raises(ValueError, match="use 'halo'"):
+        duration(short, Cluster(), "ring")
+
+
+def test_the_last_piece_of_full_attention_sets_the_pace() -> None:
+    """(2P - 1) / P of the mean work; the mLSTM's is the same everywhere."""
+    config = ["parallel.tensor=1", "model.pattern=(F)x24", "model.vocab_size=200", "data.sequence_length=1048576"]
+    whole, pieces = (layout(CONFIG, 8, *config, f"parallel.context={ranks}") for ranks in (1, 8))
+    core = COSTS["F"].core_flops(whole.config.model, 1048576, 0)
+    assert core_flops(pieces, "F", 2048, "halo") == pytest.approx(15 / 8 * core, rel=1e-5)
+    assert core_flops(pieces, "F", 2048, "all_to_all") == core_flops(whole, "F", 2048, "halo") == core
+    assert core_flops(pieces, "M", 2048, "halo") == pytest.approx(core_flops(whole, "M", 2048, "halo"))
+
+
+def test_the_plan_follows_the_measured_step() -> None:
+    """What the page prints: planned over measured seconds of the 1.4B model on one H100."""
+    ratios = [float(line.split("|")[-2]) for line in write_scaling.measured()[2:]]
+    assert len(ratios) == 2 and ratios == pytest.approx([1.0, 1.0], abs=0.05)
 
 
 def test_command_line(capsys: pytest.CaptureFixture) -> None:
@@ -149,6 +206,39 @@ def started() -> list[int]:
 
 def test_1024_ranks_start_and_own_everything_once() -> None:
     assert in_a_process("started()") == str([1024, 32, 256, 64, 3, 32])
+
+
+def saved_boxes(raw: dict[str, Any]) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """The boxes of optimizer state that this rank of a real job saves."""
+    from swax_megatron.build import build_trainer
+
+    with runs.layout(raw) as (config, groups):
+        trainer, _ = build_trainer(config, groups)
+        found = [each for each in trainer.backend.fragments(saving=True) if each.key.startswith("exp_avg.")]
+        boxes = [(each.key.removeprefix("exp_avg."), tuple(each.offsets), tuple(each.tensor.shape)) for each in found]
+        trainer.backend.close()
+        return sorted(boxes)
+
+
+def simulated_boxes(path: str, world_size: int) -> list[Any]:
+    """In a process without groups: those that simulate() foresees, for every configuration of a file, by rank."""
+    found = [optimizer_boxes(from_dict(raw), world_size) for raw in yaml.safe_load(Path(path).read_text(encoding="utf-8"))]
+    return [[sorted(tuple(box) for owner, *box in each if owner == rank) for rank in range(world_size)] for each in found]
+
+
+def test_the_simulated_partition_is_that_of_real_processes(corpus: Path, tmp_path: Path, workers: Any) -> None:
+    cases: list[dict[str, Any]] = [
+        {},
+        {"optimizer": {"zero_stage": 3}},
+        {"parallel": {"tensor": 2}},
+        {"parallel": {"pipeline": 2}, "model": {"tie_embeddings": True}},
+    ]
+    raws = [runs.small_config(corpus, tmp_path / "run", **sections) for sections in cases]
+    path = tmp_path / "configs.yaml"
+    path.write_text(yaml.safe_dump(raws), encoding="utf-8")
+    foreseen = ast.literal_eval(in_a_process(f"simulated_boxes({str(path)!r}, 4)"))
+    for raw, boxes in zip(raws, foreseen, strict=True):
+        assert workers(4).run(saved_boxes, raw) == boxes
 
 
 def sabotaged() -> list[str]:

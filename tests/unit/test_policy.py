@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ import pytest
 
 from launcher.batch import in_use, main
 from launcher.policy import Action, Ledger, Limits, Start, decide, fruitless, outcome
+from launcher.submit import progress
 from launcher.supervise import Supervisor
+from swax_megatron.checkpoint.store import save
 from swax_megatron.errors import ExitCode
 
 ROOT = Path(__file__).parents[2]
@@ -113,7 +116,9 @@ SUPERVISE = """
 import signal, sys
 from pathlib import Path
 from launcher.policy import Limits
+from launcher.submit import progress
 from launcher.supervise import Supervisor
+from swax_megatron.checkpoint.store import save
 worker = '''
 import signal, sys, time
 from pathlib import Path
@@ -246,3 +251,17 @@ def test_an_agent_s_own_failure_is_a_crash(monkeypatch: pytest.MonkeyPatch, tmp_
     (tmp_path / "c.yaml").write_text(f"run_dir: {tmp_path}/run\n")
     assert run.main([str(tmp_path / "c.yaml")]) == ExitCode.CRASHED
     assert "no space left for a log" in capsys.readouterr().err
+
+
+def test_damaged_and_replaced_checkpoints_are_told_and_end_no_launcher(tmp_path: Path) -> None:
+    """A start is refused for them; what counts and shows the run's progress goes on."""
+    root = tmp_path / "checkpoints"
+    for step in (2, 4, 6):
+        save(root, step, [], config={}, state={})
+    assert Ledger(tmp_path).step() == 6 and progress(tmp_path) == "newest checkpoint step_6"
+    (root / "step_6" / "COMPLETE").write_text("")
+    assert Ledger(tmp_path).step() == 4
+    assert "step_6/manifest.json is not what was saved" in progress(tmp_path)
+    shutil.rmtree(root / "step_6")
+    (root / "step_4").rename(root / "step_4.replaced-00ff")  # killed between the renames of a replacement
+    assert Ledger(tmp_path).step() == 4 and progress(tmp_path) == "newest checkpoint step_4.replaced-00ff"
