@@ -3,7 +3,8 @@
 Builds the model and the optimizer of a configuration (no data is read), then saves it several times each way into --folder and deletes
 what it wrote. After a background save's start, matrix products run for half the time of a synchronous save in place of the next step's
 passes; then comes the update, which waits for the copy to host memory. Prints one JSON line: seconds each save blocked (start + that
-wait), seconds until it was complete, bytes, device and versions. The first background save allocates its host memory and is told apart.
+wait), seconds until its values were in host memory (copy_seconds: beyond the time to the next update, training waits for the rest) and
+until it was complete, bytes, device and versions. The first background save allocates its host memory and is told apart.
 Run it as torchrun starts a training run, or as one process.
 """
 
@@ -57,7 +58,7 @@ def measure(config: Any, groups: Any, folder: Path, saves: int) -> dict[str, Any
     shared = {"config": to_dict(config), "state": {}, "group": groups.cpu}
     size = sum(fragment.tensor.numel() * fragment.tensor.element_size() for fragment in backend.fragments(saving=True))
     saver = BackgroundSaver(config.train.distributed_timeout)
-    synchronous, blocked, complete, slowed = [], [], [], []
+    synchronous, blocked, copied, complete, slowed = [], [], [], [], []
     quiet = busy(groups.device, 2.0)
     for number in range(saves):
         synchronize(groups.device)
@@ -75,6 +76,7 @@ def measure(config: Any, groups: Any, folder: Path, saves: int) -> dict[str, Any
         update = time.perf_counter()
         saver.copied()
         blocked.append(begun + time.perf_counter() - update)
+        copied.append(saver.copy_seconds)
         saver.finish(groups.cpu)
         complete.append(time.perf_counter() - started)
         shutil.rmtree(folder / "async", ignore_errors=True)
@@ -84,6 +86,7 @@ def measure(config: Any, groups: Any, folder: Path, saves: int) -> dict[str, Any
         "seconds_until_the_next_update": round(step_seconds, 4),
         "synchronous_s": [round(value, 4) for value in synchronous],
         "background_blocked_s": [round(value, 4) for value in blocked],
+        "copy_seconds": [round(value, 4) for value in copied],
         "background_complete_s": [round(value, 4) for value in complete],
         "blocked_share_from_the_second_save_on": round(max(later) / median(synchronous), 5),
         "speed_of_compute_meanwhile": [round(value, 3) for value in slowed],

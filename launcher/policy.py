@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 
-from swax_megatron.checkpoint.folder import latest
+from swax_megatron.checkpoint.folder import newest_step
 from swax_megatron.errors import ExitCode
 
 SIGNALLED = (128 + 2, 128 + 10, 128 + 15)  # an agent that was told to stop: SIGINT, SIGUSR1, SIGTERM
@@ -67,8 +67,7 @@ class Ledger:
 
     def step(self) -> int:
         """The step of the newest complete checkpoint; -1 where there is none."""
-        newest = latest(self.run_dir / "checkpoints")
-        return int(newest.name.removeprefix("step_")) if newest else -1
+        return newest_step(self.run_dir / "checkpoints")
 
     def begin(self, job: str, name: str) -> None:
         """Write down that a start of the run happens now."""

@@ -180,8 +180,12 @@ def progress(run_dir: Path) -> str:
         if lines:
             last = json.loads(lines[-1])
             told.append(f"step {last['step'] + 1}, loss {last['loss/train']:.4f}")
-    newest = latest(run_dir / "checkpoints")
-    told.append(f"newest checkpoint {newest.name}" if newest else "no checkpoint")
+    try:
+        newest = latest(run_dir / "checkpoints")
+    except ValueError as error:  # the newest is damaged, and a start would be refused
+        told.append(str(error))
+    else:
+        told.append(f"newest checkpoint {newest.name}" if newest else "no checkpoint")
     return ", ".join(told)
 
 

@@ -12,7 +12,7 @@ import torch
 from swax_megatron.callbacks.callback import Callback
 from swax_megatron.checkpoint.background import BackgroundSaver
 from swax_megatron.checkpoint.compatibility import check_resume
-from swax_megatron.checkpoint.ranks import Ranks
+from swax_megatron.checkpoint.ranks import Ranks, together
 from swax_megatron.checkpoint.remote import Remote
 from swax_megatron.checkpoint.store import Checkpoint, discard_after, latest, open_checkpoint, prune, save
 from swax_megatron.config import to_dict
@@ -39,10 +39,10 @@ class Checkpoints(Callback):
         self._copy_failed = False  # of the newest checkpoint, to the remote place
 
     def resume(self, trainer: Trainer) -> bool:
-        """Continue from the newest complete checkpoint; False where there is none.
+        """Continue from the newest checkpoint; False where there is none.
 
         Where ``checkpoint.remote`` holds a newer one (or the run directory none), it is fetched first.
-        Raises ValueError before anything is changed when its configuration conflicts, a file is damaged, or
+        Raises ValueError before anything is changed when its configuration conflicts, it is damaged in any file, or
         checkpoint.resume=never meets a run directory that holds checkpoints already.
         """
         self.finish(trainer)
@@ -70,9 +70,10 @@ class Checkpoints(Callback):
         foreign = checkpoint.verify(group=groups.cpu)
         if foreign and groups.rank == 0:
             _log.warning("%s holds files that no save of ours wrote and that are not read: %s", checkpoint.path, ", ".join(foreign))
-        checkpoint.read_into(trainer.backend.fragments(saving=False))
         guard = GuardState.from_json(checkpoint.state.get("guard"))
-        trainer.state = TrainState(checkpoint.step, checkpoint.state["tokens_seen"], data, guard)
+        state = TrainState(checkpoint.step, checkpoint.state["tokens_seen"], data, guard)
+        checkpoint.read_into(trainer.backend.fragments(saving=False))
+        trainer.state = state
         trainer.backend.loaded(trainer.state.updates)
         self._restore_generators(checkpoint.rank_state(groups.rank))
         self.saved_step = checkpoint.step
@@ -158,10 +159,14 @@ class Checkpoints(Callback):
     def discard_after(self, trainer: Trainer, step: int) -> None:
         """Delete the checkpoints of later steps here and in the remote place: a restart must not resume them (a collective)."""
         self.finish(trainer)
-        discard_after(self.root, step)
-        if self._remote is not None and trainer.groups.rank == 0:
-            for later in sorted((found for found in self._remote.steps() if found > step), reverse=True):
-                self._remote.remove(later)
+
+        def discard() -> None:
+            discard_after(self.root, step)
+            if self._remote is not None and trainer.groups.rank == 0:
+                for later in sorted((found for found in self._remote.steps() if found > step), reverse=True):
+                    self._remote.remove(later)
+
+        together(Ranks.of(trainer.groups.cpu), discard, f"the checkpoints after step {step}, which is gone back to, could not be deleted")
         self.saved_step = -1
 
     def _keep(self, path: Path, ranks: Any, config: Config) -> None:
@@ -176,7 +181,10 @@ class Checkpoints(Callback):
                     _log.error("%s; training goes on", error)
         if ranks.rank != 0 or not config.checkpoint.keep_last:
             return
-        prune(self.root, config.checkpoint.keep_last, config.checkpoint.keep_every)
+        try:
+            prune(self.root, config.checkpoint.keep_last, config.checkpoint.keep_every)
+        except OSError as error:  # such as NFS's "directory not empty"; what is left over goes after the next save
+            _log.warning("%s could not be pruned: %s", self.root, error)
         if self._remote is not None and not self._copy_failed:
             try:
                 self._remote.prune(config.checkpoint.keep_last, config.checkpoint.keep_every)
@@ -184,23 +192,25 @@ class Checkpoints(Callback):
                 _log.warning("%s could not be pruned (%s: %s)", self._remote, type(error).__name__, error)
 
     def _newest(self, trainer: Trainer) -> Path | None:
-        """The newest complete checkpoint, fetched where only the remote place has it; equal on every rank."""
+        """The newest checkpoint, fetched where only the remote place has it; equal on every rank. ValueError where it is damaged."""
         ranks, settings = Ranks.of(trainer.groups.cpu), trainer.config.checkpoint
         if settings.remote is not None and self._remote is None:
             self._remote = Remote(settings.remote)
-        local, remote_step, failure = None, -1, None
+        local, local_step, remote_step, failure = None, -1, -1, None
         if ranks.rank == 0:
-            local = latest(self.root)
+            place = f"run_dir: {self.root}"
             try:
+                local = latest(self.root)
+                local_step = -1 if local is None else open_checkpoint(local).step
                 if self._remote is not None:
+                    place = f"checkpoint.remote={settings.remote!r}"
                     self._remote.check_writable()
-                    remote_step = max(self._remote.steps(), default=-1)
+                    remote_step = self._remote.newest(above=local_step)
             except Exception as error:  # every kind of store has errors of its own; raised on every rank
-                failure = str(error) if isinstance(error, ValueError) else f"checkpoint.remote={settings.remote!r} cannot be read: {error}"
-        local, remote_step, failure = ranks.broadcast((local, remote_step, failure))
+                failure = str(error) if isinstance(error, ValueError) else f"{place} cannot be read: {error}"
+        local, local_step, remote_step, failure = ranks.broadcast((local, local_step, remote_step, failure))
         if failure is not None:
             raise ValueError(failure)
-        local_step = -1 if local is None else open_checkpoint(local).step
         if max(local_step, remote_step) < 0:
             return None
         if settings.resume == "never":

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from swax_megatron.callbacks.callback import Callback
 from swax_megatron.callbacks.checkpoint import Checkpoints
-from swax_megatron.checkpoint.store import list_checkpoints, open_checkpoint
+from swax_megatron.checkpoint.folder import step_folders
+from swax_megatron.checkpoint.store import open_checkpoint
 from swax_megatron.errors import RunError
 from swax_megatron.model.window import window_class
 from swax_megatron.state import Proposal, StepResult
@@ -105,8 +106,8 @@ class SpikeGuard(Callback):
 
     def _target(self, rewinds: tuple[dict[str, int], ...], first_bad: int) -> str | None:
         """The newest checkpoint at or before the first bad step; an older one where a rewind to it did not help, if there is one."""
-        found = [path for path in list_checkpoints(self.checkpoints.root) if open_checkpoint(path).step <= first_bad]
+        found = [(step, path) for step, path in step_folders(self.checkpoints.root) if step <= first_bad]
         tried = {rewind["to"] for rewind in rewinds}
-        untried = [path for path in found if open_checkpoint(path).step not in tried]
-        chosen = (untried or found)[-1:]
-        return str(chosen[0]) if chosen else None
+        untried = [(step, path) for step, path in found if step not in tried]
+        chosen = (untried or found)[-1:]  # where it is damaged, every rank refuses to open it
+        return str(chosen[0][1]) if chosen else None

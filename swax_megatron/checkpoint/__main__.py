@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from swax_megatron.checkpoint.folder import STALE_SECONDS, is_complete, latest, list_checkpoints, prune
+from swax_megatron.checkpoint.folder import STALE_SECONDS, damage, latest, list_checkpoints, prune
 from swax_megatron.checkpoint.ranks import Ranks
 from swax_megatron.checkpoint.reader import Checkpoint, open_checkpoint
 from swax_megatron.checkpoint.remote import Remote, is_remote
@@ -96,10 +96,10 @@ def _far(url: str) -> tuple[Remote, int]:
     if match:
         return Remote(match[1]), int(match[2])
     remote = Remote(url)
-    steps = remote.steps()
-    if not steps:
+    step = remote.newest()
+    if step < 0:
         raise ValueError(f"{url} holds no complete checkpoint")
-    return remote, steps[-1]
+    return remote, step
 
 
 def _line(name: str, checkpoint: Checkpoint) -> str:
@@ -110,8 +110,11 @@ def _line(name: str, checkpoint: Checkpoint) -> str:
 def _list(options: argparse.Namespace) -> None:
     if is_remote(options.path):
         remote = Remote(options.path)
-        for step in remote.steps():
-            print(_line(f"step_{step}", remote.open(step)))
+        for step in remote.folders():
+            try:
+                print(_line(f"step_{step}", remote.open(step)))
+            except ValueError as error:
+                print(f"step_{step}\tunreadable: {error}")
         return
     root = _root(options.path)
     for path in list_checkpoints(root):
@@ -120,8 +123,10 @@ def _list(options: argparse.Namespace) -> None:
         except ValueError as error:
             print(f"{path.name}\tunreadable: {error}")
     for path in sorted(root.iterdir()):
-        if path.name.startswith("step_") and not is_complete(path):
-            print(f"{path.name}\tincomplete")
+        problem = damage(path) if path.name.startswith("step_") else None
+        if problem is not None:
+            damaged = path.name.removeprefix("step_").isdigit()  # a folder gets such a name once it is complete
+            print(f"{path.name}\tdamaged: {problem}" if damaged else f"{path.name}\tincomplete")
 
 
 def _progress(total: int) -> Callable[[int], None]:

@@ -11,6 +11,7 @@ import logging
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class BackgroundSaver:
     def __init__(self, timeout: float) -> None:
         """timeout: seconds that ranks wait for each other's files."""
         self.snapshot = Snapshot()
+        self.copy_seconds = 0.0  # from the newest save's start until its values were in host memory
         self._timeout = timeout
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -65,6 +67,7 @@ class BackgroundSaver:
         raises what that one, or the copy, failed with. ``config`` and ``state`` must not be changed afterwards.
         """
         self.finish(group)
+        started = time.perf_counter()
         ranks = Ranks.of(group)
         name, failure = None, None
         if ranks.rank == 0:
@@ -86,6 +89,7 @@ class BackgroundSaver:
                     copies = self.snapshot.take(originals)
                 finally:
                     originals.clear()
+                    self.copy_seconds = time.perf_counter() - started
                     self._copied.set()
                 path = save_among(mail, root, step, copies, config=config, state=state, rank_state=own, read_back=True)
                 if then is not None:

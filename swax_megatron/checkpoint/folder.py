@@ -1,6 +1,7 @@
 """The folder of checkpoints: names, the COMPLETE marker, what is newest, what may go.
 
-``root/step_N`` is a checkpoint; it counts as complete where COMPLETE holds the sha256 of manifest.json. Beside them:
+``root/step_N`` is a checkpoint; it counts as complete where COMPLETE holds the sha256 of manifest.json. It gets that name by a
+rename once it is complete, so where it is not, it was damaged, and whoever wants the newest is told. Beside them:
 ``step_N.tmp-*`` (being written, or left by a killed run), ``step_N.replaced-*`` (an older checkpoint of the same step,
 between the two renames that replace it), ``step_N.aside-*`` (not ours or incomplete: kept for the user),
 ``*.deleting-*`` (on its way out).
@@ -29,17 +30,34 @@ _DELETING = re.compile(r"step_\d+(\.\w+-[0-9a-f]+)?\.deleting-[0-9a-f]+")
 _log = logging.getLogger(__name__)
 
 
-def is_complete(path: Path) -> bool:
-    """Whether COMPLETE is there and holds the manifest's hash. Cheap: no data is read."""
+def read_manifest(path: Path) -> bytes:
+    """The text of manifest.json where COMPLETE holds its hash. Cheap: no data is read. ValueError that says what is wrong elsewhere."""
     try:
+        text = (path / MANIFEST).read_bytes()
         marker = (path / COMPLETE).read_bytes().strip()
-        manifest = (path / MANIFEST).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return marker == hashlib.sha256(manifest).hexdigest().encode()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        missing = Path(error.filename).name
+        raise ValueError(f"{path} is no complete checkpoint ({missing} is missing): move it away to use an older one") from error
+    if marker != hashlib.sha256(text).hexdigest().encode():
+        raise ValueError(f"{path / MANIFEST} is not what was saved (its hash is not the one in COMPLETE): move it away to use an older one")
+    return text
 
 
-def _candidates(root: Path) -> list[tuple[int, Path]]:
+def damage(path: Path) -> str | None:
+    """What keeps a folder from being a complete checkpoint, or None."""
+    try:
+        read_manifest(path)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def is_complete(path: Path) -> bool:
+    """Whether COMPLETE is there and holds the manifest's hash."""
+    return damage(path) is None
+
+
+def step_folders(root: Path) -> list[tuple[int, Path]]:
     """(step, path) of what bears a checkpoint's name, oldest first; a plain name stands for its ``replaced`` forerunner."""
     found: dict[int, Path] = {}
     for path in sorted(root.iterdir(), reverse=True) if root.is_dir() else []:
@@ -51,12 +69,26 @@ def _candidates(root: Path) -> list[tuple[int, Path]]:
 
 def list_checkpoints(root: str | Path) -> list[Path]:
     """The complete checkpoints of a folder, oldest first; empty where there is none or no folder."""
-    return [path for _, path in _candidates(Path(root)) if is_complete(path)]
+    return [path for _, path in step_folders(Path(root)) if is_complete(path)]
 
 
 def latest(root: str | Path) -> Path | None:
-    """The newest complete checkpoint (by marker and manifest hash), or None."""
-    return next((path for _, path in reversed(_candidates(Path(root))) if is_complete(path)), None)
+    """The newest checkpoint, complete by marker and manifest hash; None where there is none at all.
+
+    Raises ValueError, naming folder and cause, where the newest is damaged: an older one, or none, in its place would be a silent loss.
+    """
+    for _, path in reversed(step_folders(Path(root))):
+        problem = damage(path)
+        if problem is None:
+            return path
+        if path.exists():  # else the run that is training there has just pruned it
+            raise ValueError(problem)
+    return None
+
+
+def newest_step(root: str | Path) -> int:
+    """The step of the newest complete checkpoint, -1 where there is none: how far a run got. Damaged ones do not count."""
+    return next((step for step, path in reversed(step_folders(Path(root))) if is_complete(path)), -1)
 
 
 def doomed_steps(steps: list[int], keep_last: int, keep_every: int = 0) -> list[int]:
@@ -83,12 +115,12 @@ def prune(root: str | Path, keep_last: int, keep_every: int = 0, stale_seconds: 
     if dist.is_initialized() and dist.get_rank() != 0:
         return []
     root = Path(root)
-    complete = {step: path for step, path in _candidates(root) if is_complete(path)}
+    complete = {step: path for step, path in step_folders(root) if is_complete(path)}
     doomed = [complete[step] for step in doomed_steps(list(complete), keep_last, keep_every)]
     for path in sorted(root.iterdir()) if root.is_dir() else []:
         match = _CHECKPOINT.fullmatch(path.name)
         stale = _TEMPORARY.fullmatch(path.name) and time.time() - _last_change(path) > stale_seconds
-        superseded = match and match[2] is not None and path not in complete.values()
+        superseded = match and match[2] is not None and is_complete(root / f"step_{int(match[1])}")
         if stale or superseded or _DELETING.fullmatch(path.name):
             doomed.append(path)
     for path in doomed:
@@ -103,7 +135,7 @@ def discard_after(root: str | Path, step: int) -> list[Path]:
     """
     if dist.is_initialized() and dist.get_rank() != 0:
         return []
-    doomed = [path for number, path in reversed(_candidates(Path(root))) if number > step and is_complete(path)]
+    doomed = [path for number, path in reversed(step_folders(Path(root))) if number > step and is_complete(path)]
     for path in doomed:
         remove(path)
     return doomed

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
+
+from swax_megatron.errors import RunError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,3 +54,24 @@ class Ranks:
         values = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+
+def together(ranks: Any, action: Callable[[], T], sentence: str) -> T:
+    """Run ``action`` on every rank and return its result; where it fails on one, RunError on all, ``sentence`` and the cause.
+
+    ranks: ``Ranks``, or whatever else has its all_gather
+    """
+    failure = result = None
+    try:
+        result = action()
+    except Exception as error:  # every kind of store has errors of its own; reported to all ranks
+        failure = f"rank {ranks.rank}: {error_text(error)}"
+    first = next((each for each in ranks.all_gather(failure) if each is not None), None)
+    if first is not None:
+        raise RunError(f"{sentence} ({first})")
+    return result  # type: ignore[return-value]
+
+
+def error_text(error: Exception) -> str:
+    """An error in one sentence; those of ours are sentences already."""
+    return str(error) if isinstance(error, (ValueError, RunError)) else f"{type(error).__name__}: {error}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from swax_megatron.checkpoint.boxes import Box, intersect, tiling_error
-from swax_megatron.checkpoint.folder import COMPLETE, MANIFEST
+from swax_megatron.checkpoint.folder import COMPLETE, MANIFEST, read_manifest
 from swax_megatron.checkpoint.ranks import Ranks
 from swax_megatron.checkpoint.tensorfile import DTYPES, open_tensors, sha256_of
 from swax_megatron.checkpoint.writer import FORMAT_VERSION, Fragment, stored_name
@@ -29,24 +28,17 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises ValueError where COMPLETE is missing or does not match the manifest, or where its format is newer.
     """
     path = Path(path)
-    try:
-        text = (path / MANIFEST).read_bytes()
-        marker = (path / COMPLETE).read_bytes().strip()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        missing = Path(error.filename).name
-        raise ValueError(f"{path} is no complete checkpoint ({missing} is missing): give one that was saved to the end") from error
-    if marker != hashlib.sha256(text).hexdigest().encode():
-        raise ValueError(f"{path / MANIFEST} is not what was saved (its hash is not the one in COMPLETE): move it away to use an older one")
-    return from_manifest(path, text)
+    return from_manifest(path, read_manifest(path))
 
 
 def from_manifest(path: Path, text: bytes) -> Checkpoint:
     """The checkpoint that a manifest describes. ValueError for a newer format, a wrong manifest and chunks that do not tile."""
     try:
         manifest = json.loads(text)
-        version = int(manifest["format_version"])
-    except (ValueError, KeyError, TypeError) as error:
+        version = manifest["format_version"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:  # the last one: nested thousands deep
         raise ValueError(f"{path / MANIFEST} is no checkpoint manifest: {error!r}") from error
+    _expect(path, "format_version", version, _natural(version), "a number, 0 or more")
     if version > FORMAT_VERSION:
         raise ValueError(f"{path} has format_version {version}, newer than this program's {FORMAT_VERSION}: update swax_megatron")
     try:
@@ -55,11 +47,31 @@ def from_manifest(path: Path, text: bytes) -> Checkpoint:
         raise ValueError(f"{path / MANIFEST} lacks a field or holds a wrong type: {error!r}") from error
 
 
+def _natural(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _expect(path: Path, field: str, value: Any, good: bool, wanted: str) -> None:
+    if not good:
+        shown = repr(value)
+        raise ValueError(f"{path / MANIFEST}: {field} is {shown if len(shown) < 60 else shown[:60] + '...'}, expected {wanted}")
+
+
 class Checkpoint:
     """An opened checkpoint. ``path``; ``step``: updates done; ``config``, ``state``: as saved; ``world_size``: ranks that saved."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
+        for field, kind, wanted in (
+            ("step", int, "a number, 0 or more"),
+            ("world_size", int, "a number, 0 or more"),
+            *((name, dict, "a JSON object") for name in ("config", "state", "files", "rank_states", "tensors")),
+        ):
+            value = manifest[field]
+            _expect(path, field, value, _natural(value) if kind is int else isinstance(value, kind), wanted)
+        for name, entry in manifest["files"].items():
+            _expect(path, f"the size of {name}", entry["bytes"], _natural(entry["bytes"]), "a number of bytes")
+            _expect(path, f"the sha256 of {name}", entry["sha256"], isinstance(entry["sha256"], str), "a string")
         self.step: int = manifest["step"]
         self.world_size: int = manifest["world_size"]
         self.config: dict[str, Any] = manifest["config"]
@@ -70,6 +82,9 @@ class Checkpoint:
         self._dtypes: dict[str, torch.dtype] = {}
         self._chunks: dict[str, list[tuple[str, Box]]] = {}
         for key, entry in manifest["tensors"].items():
+            for numbers in (entry["shape"], *(chunk[part] for chunk in entry["chunks"] for part in ("offsets", "sizes"))):
+                good = isinstance(numbers, list) and all(map(_natural, numbers))
+                _expect(path, f"a shape, offset or size of {key}", numbers, good, "a list of numbers, 0 or more")
             self._shapes[key] = tuple(entry["shape"])
             if entry["dtype"] not in DTYPES:
                 raise ValueError(f"{path / MANIFEST}: {key} has the unknown dtype {entry['dtype']!r}")

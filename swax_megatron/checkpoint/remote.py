@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
-from swax_megatron.checkpoint.folder import COMPLETE, MANIFEST, doomed_steps, fsync_folder, publish, write_file
+from swax_megatron.checkpoint.folder import COMPLETE, MANIFEST, doomed_steps, fsync_folder, publish, read_manifest, write_file
+from swax_megatron.checkpoint.ranks import error_text, together
 from swax_megatron.checkpoint.reader import Checkpoint, from_manifest, open_checkpoint
 from swax_megatron.checkpoint.tensorfile import BLOCK, DurableWriter
 from swax_megatron.errors import RunError
@@ -59,17 +60,38 @@ class Remote:
             self._fs.pipe_file(path, b"")
             self._fs.rm_file(path)
         except Exception as error:  # every kind of store has errors of its own
-            raise ValueError(f"checkpoint.remote={self.url!r} cannot be written ({_text(error)}): check address and rights") from error
+            raise ValueError(f"checkpoint.remote={self.url!r} cannot be written ({error_text(error)}): check address and rights") from error
 
     def steps(self) -> list[int]:
         """Steps whose checkpoint is complete, ascending."""
+        return [step for step in self.folders() if self._manifest(step) is not None]
+
+    def folders(self) -> list[int]:
+        """Steps of which anything is there, ascending: complete, damaged, or on their way."""
         try:
             self._fs.invalidate_cache()
             names = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in self._fs.ls(self._root, detail=False)]
         except FileNotFoundError:
             return []
-        found = sorted(int(match[1]) for name in names if (match := _STEP.fullmatch(name)))
-        return [step for step in found if self._manifest(step) is not None]
+        return sorted(int(match[1]) for name in names if (match := _STEP.fullmatch(name)))
+
+    def newest(self, above: int = -1) -> int:
+        """The newest complete step beyond ``above``, -1 where there is none.
+
+        Raises ValueError where a newer one is damaged: COMPLETE is written last and removed first, so where it is there, and does not
+        hold the manifest's hash, something was changed. What has no COMPLETE is an upload that was cut off and does not count.
+        """
+        for step in reversed(self.folders()):
+            if step <= above:
+                break
+            if self._manifest(step) is not None:
+                return step
+            if self._fs.exists(self._path(step, COMPLETE)):
+                raise ValueError(
+                    f"{self.url}/step_{step} is damaged (the hash of {MANIFEST} is not the one in {COMPLETE}): "
+                    "move it away to use an older one"
+                )
+        return -1
 
     def open(self, step: int) -> Checkpoint:
         """The manifest of a step, for looking at; tensors need ``download``. ValueError where it is not complete."""
@@ -80,9 +102,9 @@ class Remote:
 
     def upload(self, path: Path, ranks: Any) -> None:
         """Copy a complete local checkpoint. Collective: the ranks share its files. RunError on every rank where it fails."""
-        checkpoint = open_checkpoint(path)
+        sentence = f"checkpoint {path.name} was not copied to {self.url}"
+        checkpoint, text = together(ranks, lambda: (open_checkpoint(path), read_manifest(path)), sentence)
         step = checkpoint.step
-        text = (path / MANIFEST).read_bytes()
 
         def begin() -> None:
             if ranks.rank == 0:
@@ -99,11 +121,14 @@ class Remote:
                 self._again(lambda: self._fs.pipe_file(self._path(step, COMPLETE), hashlib.sha256(text).hexdigest().encode() + b"\n"))
 
         for part in (begin, share, end):
-            _together(ranks, part, f"checkpoint step_{step} was not copied to {self.url}")
+            together(ranks, part, sentence)
 
     def download(self, step: int, root: Path, ranks: Any) -> Path:
-        """Bring a checkpoint to ``root/step_N``. Collective: the ranks share its files. RunError where a file differs from its hash."""
-        checkpoint = self.open(step)
+        """Bring a checkpoint to ``root/step_N``. Collective: the ranks share its files. RunError on every rank where it fails,
+        or a file differs from its hash.
+        """
+        sentence = f"checkpoint step_{step} could not be fetched from {self.url}"
+        checkpoint = together(ranks, lambda: self.open(step), sentence)
         name = ranks.broadcast(f"step_{step}.tmp-{secrets.token_hex(6)}" if ranks.rank == 0 else None)
         temporary = root / name
 
@@ -125,7 +150,7 @@ class Remote:
 
         try:
             for part in (share, end):
-                _together(ranks, part, f"checkpoint step_{step} could not be fetched from {self.url}")
+                together(ranks, part, sentence)
         except RunError:
             if ranks.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -212,23 +237,7 @@ class Remote:
             try:
                 return action()
             except Exception as error:  # every kind of store has errors of its own; the last attempt's is raised
-                _log.warning("attempt %d of %d: %s", attempt, _ATTEMPTS, _text(error))
+                _log.warning("attempt %d of %d: %s", attempt, _ATTEMPTS, error_text(error))
             time.sleep(pause)
             pause *= 2
         return action()
-
-
-def _together(ranks: Any, action: Callable[[], None], sentence: str) -> None:
-    """Run on every rank; where one fails, raise on all."""
-    failure = None
-    try:
-        action()
-    except Exception as error:  # every kind of store has errors of its own; reported to all ranks
-        failure = f"rank {ranks.rank}: {_text(error)}"
-    first = next((each for each in ranks.all_gather(failure) if each is not None), None)
-    if first is not None:
-        raise RunError(f"{sentence} ({first})")
-
-
-def _text(error: Exception) -> str:
-    return str(error) if isinstance(error, (ValueError, RunError)) else f"{type(error).__name__}: {error}"

@@ -36,7 +36,7 @@ EPILOG = "example:\n  python -m swax_megatron.hf.export --checkpoint runs/my-run
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """A checkpoint folder, or the newest complete one of a run folder or of its ``checkpoints``. ValueError where there is none."""
+    """A checkpoint folder, or the newest of a run folder or of its ``checkpoints``. ValueError where there is none or it is damaged."""
     path = Path(path)
     if (path / "manifest.json").exists() or re.fullmatch(r"step_\d+", path.name):
         return path

@@ -18,7 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from swax_megatron.checkpoint.store import Deferred, Fragment, list_checkpoints, save
+from swax_megatron.checkpoint.store import Deferred, Fragment, latest, save
 from swax_megatron.config import from_dict, read_raw, to_dict, to_yaml
 from swax_megatron.errors import RunError
 from swax_megatron.hf.export import PARAMETER
@@ -138,7 +138,7 @@ def import_model(
     validate(config)
     validate_inputs(config)
     root = Path(config.run_dir) / "checkpoints"
-    if list_checkpoints(root):
+    if latest(root) is not None:
         raise ValueError(f"run_dir={config.run_dir!r} holds checkpoints already: name another run_dir, or move {root} away")
     plan = plan_import(folder, source, config)
     data = build_mixture(config, config.data.train, "train", config.train.data_seed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import random
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from swax_megatron.checkpoint.store import latest, open_checkpoint
@@ -42,8 +44,13 @@ class Death:
     phase: str  # "save" or "load"
     first: str
     resumed_from: int
-    left_over: int  # files in temporary folders: the save was under way
+    under_way: int  # temporary folders of a step that is not complete: its save had begun and had not ended
+    left_over: int  # files in them
     newest: int
+
+    @property
+    def in_save(self) -> bool:
+        return self.phase == "save" and self.under_way > 0
 
 
 def serve() -> None:
@@ -133,7 +140,9 @@ class Folders:
         self._before = set(root.glob("step_*.tmp-*"))
 
     def now(self) -> list[Path]:
-        return [path for path in self.root.glob("step_*.tmp-*") if path not in self._before]
+        """Those of a save that is under way: its step is not complete yet."""
+        found = [path for path in self.root.glob("step_*.tmp-*") if path not in self._before]
+        return [path for path in found if int(path.name[5:].partition(".")[0]) > newest_step(self.root)]
 
 
 def newest_step(root: Path) -> int:
@@ -141,8 +150,10 @@ def newest_step(root: Path) -> int:
 
 
 def chain(corpus: Path, folder: Path, kills: int, seed: int, workers: Any) -> list[Death]:
+    """Starts and kills until ``kills`` fell into a save; those that hit no save, and those while loading, are extra."""
     draw = random.Random(seed)
-    steps = 3 * kills + 6
+    starts = 2 * kills + 2  # at most
+    steps = 4 * starts
     run_dir = folder / "run"
     raw = runs.small_config(corpus, run_dir, model=MODEL, train={"steps": steps}, checkpoint={"interval": 1, "keep_last": 2})
     alone = {**raw, "run_dir": str(folder / "whole"), "checkpoint": {"interval": 0}}
@@ -150,10 +161,12 @@ def chain(corpus: Path, folder: Path, kills: int, seed: int, workers: Any) -> li
     deaths: list[Death] = []
     ranks = Ranks(folder)
     try:
-        _kills(ranks, raw, expected, kills, draw, deaths)
+        while sum(death.in_save for death in deaths) < kills:
+            assert len(deaths) < starts, f"too few of {starts} kills fell into a save: {deaths}"
+            _kill_once(ranks, raw, expected, draw, deaths)
     finally:
         ranks.close()
-    raw["checkpoint"]["asynchronous"] = True
+    raw["checkpoint"].update(asynchronous=True, interval=20)
     resumed = workers(RANKS).run(runs.train, raw)[0]
     assert resumed["first_step"] == [float(deaths[-1].newest)]
     assert [line["step"] for line in logged(run_dir)] == list(range(steps))
@@ -161,53 +174,78 @@ def chain(corpus: Path, folder: Path, kills: int, seed: int, workers: Any) -> li
     return deaths
 
 
-def _kills(ranks: Ranks, raw: dict[str, Any], expected: list[float], kills: int, draw: random.Random, deaths: list[Death]) -> None:
+def _kill_once(ranks: Ranks, raw: dict[str, Any], expected: list[float], draw: random.Random, deaths: list[Death]) -> None:
+    """Start the run and kill it: in turn in a background save, in one that training waits for, and now and then while it loads."""
     run_dir = Path(raw["run_dir"])
     root = run_dir / "checkpoints"
-    duration = 1.0  # seconds that the last save took
-    for number in range(kills):
-        background = number % 2 == 0
-        phase = "load" if number % 6 == 5 else "save"
-        first = draw.choice(["all", "rank 0", "rank 1"])
-        raw["checkpoint"]["asynchronous"] = background
-        before = deaths[-1].newest if deaths else 0
-        temporary = Folders(root)
-        ranks.start(raw, number)
-        if phase == "load":
-            ranks.wait_until(lambda: "resuming from" in ranks.logs[0].read_text())
-            time.sleep(draw.uniform(0.0, 0.4))
-        else:
-            for _ in range(draw.randint(0 if deaths else 1, 2)):  # saves of this start that may end: they tell how long one takes
-                ranks.wait_until(temporary.now)
-                began, there = time.monotonic(), newest_step(root)
-                ranks.wait_until(lambda there=there: newest_step(root) > there)
-                duration = time.monotonic() - began
+    number, duration = len(deaths), 1.0  # seconds that the last save took
+    background = sum(death.in_save for death in deaths) % 2 == 0
+    phase = "load" if number % 6 == 5 else "save"
+    first = draw.choice(["all", "rank 0", "rank 1"])
+    raw["checkpoint"]["asynchronous"] = background
+    before = deaths[-1].newest if deaths else 0
+    temporary = Folders(root)
+    ranks.start(raw, number)
+    if phase == "load":
+        ranks.wait_until(lambda: "resuming from" in ranks.logs[0].read_text())
+        time.sleep(draw.uniform(0.0, 0.4))
+    else:
+        for _ in range(draw.randint(1, 2)):  # saves of this start that end: they tell how long one takes
             ranks.wait_until(temporary.now)
-            time.sleep(draw.uniform(0.0, duration))
-        ranks.kill(first, draw)
-        newest = latest(root)
-        assert newest is not None
-        checkpoint = open_checkpoint(newest)
-        checkpoint.verify(ranks_share=False)
-        resumed = [log for log in ranks.logs if f"resuming from {root}" in log.read_text()]
-        left = sum(len(list(path.iterdir())) for path in temporary.now())
-        deaths.append(Death(number, background, phase, first, before if resumed else 0, left, checkpoint.step))
-        print(deaths[-1], flush=True)
-        assert checkpoint.step >= before, "a kill cost a checkpoint that was complete"
-        assert bool(resumed) == (before > 0), "the start did not resume"
-        found = [line["loss/train"] for line in logged(run_dir)]
-        assert found[: checkpoint.step] == expected[: checkpoint.step], f"losses differ after kill {number}"
+            began, there = time.monotonic(), newest_step(root)
+            ranks.wait_until(lambda there=there: newest_step(root) > there)
+            duration = time.monotonic() - began
+        ranks.wait_until(temporary.now)
+        time.sleep(draw.uniform(0.0, duration))
+    ranks.kill(first, draw)
+    newest = latest(root)
+    assert newest is not None
+    checkpoint = open_checkpoint(newest)
+    checkpoint.verify(ranks_share=False)
+    resumed = [log for log in ranks.logs if f"resuming from {root}" in log.read_text()]
+    folders = temporary.now()
+    files = sum(len(list(path.iterdir())) for path in folders)
+    deaths.append(Death(number, background, phase, first, before if resumed else 0, len(folders), files, checkpoint.step))
+    print(deaths[-1], flush=True)
+    assert checkpoint.step >= before, "a kill cost a checkpoint that was complete"
+    assert bool(resumed) == (before > 0), "the start did not resume"
+    found = [line["loss/train"] for line in logged(run_dir)]
+    assert found[: checkpoint.step] == expected[: checkpoint.step], f"losses differ after kill {number}"
 
 
 def test_killed_while_saving(corpus: Path, tmp_path: Path, workers: Any) -> None:
     """A sample of the soak: one kill of a background save, one of a save that training waits for."""
-    chain(corpus, tmp_path, 2, 1, workers)
+    deaths = chain(corpus, tmp_path, 2, 1, workers)
+    assert [death.background for death in deaths if death.in_save] == [True, False]
 
 
 @pytest.mark.soak
 def test_killed_thirty_times(corpus: Path, tmp_path: Path, workers: Any) -> None:
-    deaths = chain(corpus, tmp_path, 30, int(os.environ.get("SWAX_SOAK_SEED", "7")), workers)
-    during = sum(death.phase == "save" and death.left_over > 0 for death in deaths)
-    summary = {"kills": len(deaths), "in the middle of a save": during, "while loading": sum(d.phase == "load" for d in deaths)}
-    print(json.dumps({**summary, "resumed with equal losses": len(deaths)}))
-    assert during >= 10, "too few kills fell into a save to prove anything"
+    """SWAX_SOAK_RECORD names a file that gets the result as a JSON line."""
+    began, seed = time.monotonic(), os.environ.get("SWAX_SOAK_SEED", "7")
+    deaths = chain(corpus, tmp_path, 30, int(seed), workers)
+    during = [death for death in deaths if death.in_save]
+    assert len(during) == 30
+    background = sum(death.background for death in during)
+    result = {
+        "case": "kill soak",
+        "kills": len(deaths),
+        "in_a_save": len(during),
+        "in_a_background_save": background,
+        "in_a_synchronous_save": len(during) - background,
+        "with_files_half_way": sum(death.left_over > 0 for death in during),
+        "while_loading": sum(death.phase == "load" for death in deaths),
+        "beside_a_save": sum(death.phase == "save" and not death.in_save for death in deaths),
+        "resumed_from_a_complete_checkpoint_with_equal_losses": len(deaths),  # asserted for each
+        "last_step": deaths[-1].newest,
+        "ranks": RANKS,
+        "seconds": round(time.monotonic() - began, 1),
+        "device": f"CPU, {os.cpu_count()} cores ({platform.machine()})",
+        "torch": torch.__version__,
+        "date": time.strftime("%F"),
+        "command": f"SWAX_SOAK_SEED={seed} pytest -m soak tests/resume/test_kill_soak.py",
+    }
+    print(json.dumps(result))
+    if record := os.environ.get("SWAX_SOAK_RECORD"):
+        with Path(record).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")

@@ -1,10 +1,12 @@
 """What a resume may change."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 
-from swax_megatron.checkpoint.compatibility import check_resume
+from swax_megatron.checkpoint.compatibility import _flatten, _kind, check_resume
 from swax_megatron.config import from_dict, to_dict
 
 SAVED = to_dict(
@@ -152,3 +154,23 @@ def test_another_batch_under_a_schedule_in_tokens_is_refused() -> None:
         check_resume(config(8), config(16), ["train.global_batch_size"], 50)
     check_resume(config(8), config(16), ["train.global_batch_size", "optimizer.schedule"], 50)
     check_resume(config(8), config(16), ["train.global_batch_size"], 0)
+
+
+def documented(row):
+    """The fields in a line of the table of docs/checkpoints.md, ``a.{b,c}`` written out."""
+    text = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    (line,) = re.findall(rf"^\| {row} \| (.*) \|$", text, re.MULTILINE)
+    names = [re.fullmatch(r"([\w.]*)(?:\{(.*)\})?(\*?)", name).groups() for name in re.findall(r"`(.*?)`", line)]
+    return {prefix + name + star for prefix, several, star in names for name in (several or "").split(",")}
+
+
+def test_the_page_says_what_the_code_does():
+    """Every field of the configuration, by the table of docs/checkpoints.md and by the code."""
+    rows = {"never": documented("never"), "flag": documented("when named in `checkpoint.allow_change`"), "free": documented("freely")}
+    fields = set(_flatten(SAVED)) - {"data.train"}  # whose parts differ: tested above
+    named = set.union(*rows.values()) - {"data.train"}
+    assert not {name for name in named if not name.endswith(".*")} - fields, "the page names a field that is none"
+    assert {name[:-2] for name in named if name.endswith(".*")} <= set(SAVED), "the page names a section that is none"
+    for field in sorted(fields):
+        kinds = [kind for kind, names in rows.items() if field in names or field.partition(".")[0] + ".*" in names]
+        assert (kinds or ["flag"]) == [_kind(field, 1, 2)], field

@@ -86,7 +86,10 @@ def test_damage_far_away_is_found(url: str, tmp_path: Path) -> None:
         remote.verify(1)
     files.pipe_file(f"{root}/manifest.json", b"{}")
     assert remote.steps() == []
-    with pytest.raises(ValueError, match="no complete checkpoint"):
+    with pytest.raises(ValueError, match="step_1 is damaged.*move it away"):
+        remote.newest()
+    assert remote.newest(above=1) == -1
+    with pytest.raises(RunError, match="no complete checkpoint"):
         remote.download(1, tmp_path / "back", ALONE)
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from swax_megatron.checkpoint.__main__ import main
+from swax_megatron.checkpoint.folder import newest_step
 from swax_megatron.checkpoint.store import (
     Fragment,
     discard_after,
@@ -130,13 +131,52 @@ def test_manifest_and_marker(tmp_path):
     (path / "manifest.json").write_text(text.replace('"tokens": 5', '"tokens": 6'))
     with pytest.raises(ValueError, match="not what was saved"):
         open_checkpoint(path)
-    assert latest(tmp_path).name == "step_2"
     (path / "manifest.json").write_text(text)
     assert latest(tmp_path) == path
     (path / "COMPLETE").unlink()
     with pytest.raises(ValueError, match="COMPLETE is missing"):
         open_checkpoint(path)
-    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_2"]
+    assert newest_step(tmp_path) == 2 and [p.name for p in list_checkpoints(tmp_path)] == ["step_2"]
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "COMPLETE"])
+@pytest.mark.parametrize("harm", [flip, empty, os.unlink])
+@pytest.mark.parametrize("older", [(), (2,)])
+def test_a_damaged_newest_checkpoint_is_no_older_one_and_no_new_start(tmp_path, capsys, name, harm, older):
+    for step in older:
+        put(tmp_path, step)
+    path = put(tmp_path)
+    harm(path / name)
+    with pytest.raises(ValueError, match="/step_3.*move it away to use an older one"):
+        latest(tmp_path)
+    assert main(["show", str(tmp_path)]) == 2 and f"error: {path}" in capsys.readouterr().err
+    assert main(["list", str(tmp_path)]) == 0 and "step_3\tdamaged: " in capsys.readouterr().out
+    path.rename(tmp_path / "away")
+    assert latest(tmp_path) == (tmp_path / "step_2" if older else None)
+
+
+def test_an_older_damaged_checkpoint_hinders_nobody(tmp_path):
+    flip(put(tmp_path, 2) / "manifest.json")
+    newer = put(tmp_path, 3)
+    assert latest(tmp_path) == newer
+
+
+def test_prune_keeps_the_forerunner_of_a_damaged_checkpoint(tmp_path):
+    """Killed between the renames, then the new one was damaged: its forerunner is the only whole checkpoint of that step."""
+    forerunner = put(tmp_path, 5).rename(tmp_path / "step_5.replaced-00ff")
+    flip(put(tmp_path, 5) / "COMPLETE")
+    prune(tmp_path, 1)
+    assert forerunner.exists()
 
 
 @pytest.mark.parametrize(
@@ -148,13 +188,37 @@ def test_manifest_and_marker(tmp_path):
         (lambda m: m["tensors"]["param.b"]["chunks"][0].update(file="../../other.safetensors"), "names the file"),
         (lambda m: m["files"].update({"/etc/passwd": {"sha256": "", "bytes": 1}}), "names the file"),
         (lambda m: m["tensors"]["param.b"].update(dtype="F8"), "unknown dtype"),
+        (lambda m: m["tensors"]["param.b"].update(dtype=[]), "lacks a field or holds a wrong type"),
+        (lambda m: m.update(format_version=1e999), "format_version is inf, expected a number"),
+        (lambda m: m.update(step="x"), "step is 'x', expected a number"),
+        (lambda m: m.update(step=True), "step is True, expected a number"),
+        (lambda m: m.update(world_size=-1), "world_size is -1, expected a number"),
+        (lambda m: m.update(config=[]), r"config is \[\], expected a JSON object"),
+        (lambda m: m.update(state=None), "state is None, expected a JSON object"),
+        (lambda m: m["files"]["rank_00000.safetensors"].pop("bytes"), "lacks a field.*bytes"),
+        (lambda m: m["files"]["rank_00000.safetensors"].update(bytes="many"), "size of rank_00000.safetensors is 'many', expected"),
+        (lambda m: m["files"]["rank_00000.safetensors"].update(sha256=7), "sha256 of rank_00000.safetensors is 7, expected"),
+        (lambda m: m["files"].update({"rank_00000.safetensors": "x"}), "lacks a field or holds a wrong type"),
+        (lambda m: m["tensors"]["param.b"].update(shape="9"), "size of param.b is '9', expected a list"),
+        (lambda m: m["tensors"]["param.b"]["chunks"][0].update(sizes=[9.0]), r"size of param.b is \[9.0\], expected a list"),
+        (lambda m: m["tensors"]["param.b"]["chunks"][0].update(file=3), "lacks a field or holds a wrong type"),
     ],
 )
 def test_manifest_that_fits_its_marker_but_is_wrong(tmp_path, change, message):
     path = put(tmp_path)
     rewrite(path, change)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         open_checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_nested_deeply_is_refused(tmp_path, capsys):
+    path = put(tmp_path)
+    text = b"[" * 200_000
+    (path / "manifest.json").write_bytes(text)
+    (path / "COMPLETE").write_text(hashlib.sha256(text).hexdigest())
+    assert main(["verify", str(path)]) == 2
+    assert "is no checkpoint manifest: RecursionError" in capsys.readouterr().err
 
 
 def test_refused_saves_leave_nothing(tmp_path):
@@ -215,7 +279,8 @@ def test_prune(tmp_path):
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step_1", "step_2", "step_9", "step_10"]
     prune(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "step_10", "step_12.tmp-0b", "step_20", "step_9"]
-    assert latest(tmp_path).name == "step_10"  # step_20 is incomplete
+    (tmp_path / "step_20").rmdir()  # incomplete, and latest refuses it
+    assert latest(tmp_path).name == "step_10"
     assert prune(tmp_path / "nowhere", 1) == [] and latest(tmp_path / "nowhere") is None
 
 

@@ -263,6 +263,9 @@ def test_the_newest_complete_checkpoint_is_found(run):
     newest = checkpoint_of(run / "checkpoints", raw, random_weights(raw), step=30)
     broken = checkpoint_of(run / "checkpoints", raw, random_weights(raw), step=100)
     (broken / "COMPLETE").unlink()
+    with pytest.raises(ValueError, match="step_100 .*COMPLETE is missing.*move it away"):
+        find_checkpoint(run)
+    broken.rename(run / "away")
     assert find_checkpoint(run) == find_checkpoint(run / "checkpoints") == newest
     assert find_checkpoint(run / "checkpoints" / "step_7").name == "step_7"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from launcher.policy import Action, Ledger, Limits, Start, decide, fruitless, outcome
+from launcher.submit import progress
 from launcher.supervise import Supervisor
+from swax_megatron.checkpoint.store import save
 from swax_megatron.errors import ExitCode
 
 ROOT = Path(__file__).parents[2]
@@ -112,7 +115,9 @@ SUPERVISE = """
 import signal, sys
 from pathlib import Path
 from launcher.policy import Limits
+from launcher.submit import progress
 from launcher.supervise import Supervisor
+from swax_megatron.checkpoint.store import save
 worker = '''
 import signal, sys, time
 from pathlib import Path
@@ -140,3 +145,17 @@ def test_a_signal_to_the_supervisor_stops_the_run_once(tmp_path: Path) -> None:
     assert process.wait(timeout=60) == ExitCode.PREEMPTED
     assert (tmp_path / "told").read_text() == "x"
     assert "stop: told to stop; the same command goes on from the newest checkpoint" in process.stderr.read()
+
+
+def test_damaged_and_replaced_checkpoints_are_told_and_end_no_launcher(tmp_path: Path) -> None:
+    """A start is refused for them; what counts and shows the run's progress goes on."""
+    root = tmp_path / "checkpoints"
+    for step in (2, 4, 6):
+        save(root, step, [], config={}, state={})
+    assert Ledger(tmp_path).step() == 6 and progress(tmp_path) == "newest checkpoint step_6"
+    (root / "step_6" / "COMPLETE").write_text("")
+    assert Ledger(tmp_path).step() == 4
+    assert "step_6/manifest.json is not what was saved" in progress(tmp_path)
+    shutil.rmtree(root / "step_6")
+    (root / "step_4").rename(root / "step_4.replaced-00ff")  # killed between the renames of a replacement
+    assert Ledger(tmp_path).step() == 4 and progress(tmp_path) == "newest checkpoint step_4.replaced-00ff"
