@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -181,19 +182,22 @@ class ShardedDataset:
 
     def _fault(self, entry: dict[str, Any], verify: str) -> str | None:
         """What is wrong with the two files of a shard, as a sentence."""
-        tar, index = Path(self.path) / entry["file"], Path(self.path) / entry["index"]
-        for file, size in ((tar, entry["bytes"]), (index, entry["index_bytes"])):
-            if not file.is_file():
-                return f"shard file {file} is missing; copy the data set again"
-            if file.stat().st_size != size:
-                return f"{file} has {file.stat().st_size} bytes where the manifest states {size}; copy the data set again"
+        tar, index = os.path.join(self.path, entry["file"]), os.path.join(self.path, entry["index"])
         try:
-            header = read_header(index)
+            size = os.stat(tar).st_size
+        except FileNotFoundError:
+            return f"shard file {tar} is missing; copy the data set again"
+        except OSError as error:
+            return f"{tar} cannot be read ({error.strerror}); copy the data set again"
+        if size != entry["bytes"]:
+            return f"{tar} has {size} bytes where the manifest states {entry['bytes']}; copy the data set again"
+        try:
+            header = read_header(index, entry["index_bytes"])
         except ValueError as error:
             return str(error)
         stated = (entry["documents"], entry["tokens"], entry["bytes"], self.dtype.itemsize, self.has_mask)
         if (header.documents, header.tokens, header.tar_bytes, header.item_size, header.has_mask) != stated:
-            return f"index {index} does not belong to {tar.name} as the manifest states it; copy the data set again"
+            return f"index {index} does not belong to {entry['file']} as the manifest states it; copy the data set again"
         if verify == "sha256":
             for file, digest in ((tar, entry["sha256"]), (index, entry["index_sha256"])):
                 try:
