@@ -35,7 +35,7 @@ def data_sets(folder: str | Path) -> list[Path]:
 def faults(folder: Path, progress: cli.Progress | None = None) -> Iterator[str]:
     """Each fault of one data set, as a sentence."""
     try:
-        dataset = ShardedDataset(folder)
+        dataset = ShardedDataset(folder, "size", damaged="skip")
     except ValueError as error:
         yield str(error)
         return

@@ -36,9 +36,9 @@ class ShardedDataset:
     """A data set written by data_prep/shard.py. Safe for several threads.
 
     path: the folder that holds manifest.json; or a URL or ``pipe:`` command, as ``swax_megatron.data.storage`` says.
-    verify: "size" compares the size of every file with the manifest and every index header with its shard; "sha256"
-        also hashes every file (minutes for a large corpus: do it once a node, not once a rank). Files of a remote data set
-        are hashed when they are fetched, always.
+    verify: "size" compares the size of every file with the manifest and every index header with its shard; "use" does so, and
+        hashes a file when it is opened for the first time to be read; "sha256" hashes every file now (minutes for a large corpus:
+        do it once a node, not once a rank). Files of a remote data set are hashed when they are fetched, always.
     max_open_shards: tars kept open at once, a file descriptor each.
     cache, retries: where files of a remote data set are kept (needed for one), and how often a failed fetch is tried again.
     damaged: "stop" raises ValueError for the first damaged or missing shard; "skip" leaves such shards out, and ``skipped``
@@ -51,7 +51,7 @@ class ShardedDataset:
     def __init__(
         self,
         path: str | Path,
-        verify: str = "size",
+        verify: str = "use",
         max_open_shards: int = 128,
         *,
         cache: FileCache | None = None,
@@ -59,16 +59,16 @@ class ShardedDataset:
         damaged: str = "stop",
         skip: Collection[str] = (),
     ) -> None:
-        if verify not in ("size", "sha256"):
-            raise ValueError(f"verify={verify!r}: must be 'size' or 'sha256'")
+        if verify not in ("size", "use", "sha256"):
+            raise ValueError(f"verify={verify!r}: must be 'size', 'use' or 'sha256'")
         if damaged not in ("stop", "skip"):
             raise ValueError(f"damaged={damaged!r}: must be 'stop' or 'skip'")
-        self.storage = self._open_storage(str(path), cache, retries)
+        self.storage = self._open_storage(str(path), verify == "use", cache, retries)
         self.path = path if self.storage.remote else Path(path)
         if damaged == "skip" and self.storage.remote:
             raise ValueError(
                 f"damaged='skip' with the remote data set {path}: which shards are damaged must be known before the first is read; "
-                "copy the data set to a disk, or keep damaged='stop'"
+                "name damaged ones in the source's skip_shards, copy the data set to a disk, or keep damaged='stop'"
             )
         self.manifest, self.fingerprint = _read_manifest(self.storage, str(path))
         self.skipped: dict[str, str] = {}
@@ -89,9 +89,9 @@ class ShardedDataset:
         self._leave_out(found)
 
     @staticmethod
-    def _open_storage(path: str, cache: FileCache | None, retries: int) -> LocalFolder | RemoteFolder:
+    def _open_storage(path: str, hashed: bool, cache: FileCache | None, retries: int) -> LocalFolder | RemoteFolder:
         if not is_remote(path):
-            return LocalFolder(path)
+            return LocalFolder(path, hashed)
         if cache is None:
             raise ValueError(f"the remote data set {path} needs a cache folder: set data.cache")
         return RemoteFolder(path, cache, retries)
@@ -142,7 +142,7 @@ class ShardedDataset:
         """The same data set with these shards left out as well, and no other ones."""
         if self.storage.remote:
             return ShardedDataset(self.path, cache=self.storage.cache, retries=self.storage.retries, skip=names)
-        return ShardedDataset(self.path, max_open_shards=self._max_open, skip=names)
+        return ShardedDataset(self.path, "use" if self.storage.hashed else "size", self._max_open, skip=names)
 
     @property
     def files(self) -> list[tuple[Path, Path]]:
