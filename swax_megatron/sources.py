@@ -39,7 +39,7 @@ def build_mixture(config: Config, sources: list[SourceConfig], purpose: str, see
         streams.append(open_stream(dataset, data.sequence_length, seed, data.packing, data.shuffle_tokens, folder / "tables", _team()))
         _tell(source, streams[-1])
     if cache is not None:
-        _fit_cache(config, streams)
+        fit_cache(config, streams)
     weights, names = [source.weight for source in sources], [source.name for source in sources]
     changes = data.curriculum if purpose == "train" else []
     return Mixture(streams, weights, names, seed, [(change.step, [change.weights[name] for name in names]) for change in changes])
@@ -93,8 +93,11 @@ def _tell(source: SourceConfig, stream: SequenceStream) -> None:
             )
 
 
-def _fit_cache(config: Config, streams: list[SequenceStream]) -> None:
-    """Refuse a cache that cannot hold one shuffle block of every remote source; fetch the next block ahead where two fit."""
+def fit_cache(config: Config, streams: list[SequenceStream]) -> None:
+    """Refuse a cache that cannot hold one shuffle block of every remote source; fetch the next block ahead where two fit.
+
+    streams: of all sources that are read in turn, training and validation.
+    """
     remote = [stream for stream in streams if stream.dataset.storage.remote]
     block = sum(stream.block_bytes() for stream in remote)
     limit = config.data.cache_gib * 2**30

@@ -39,6 +39,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[s
     return inputs, model, digests(folder / "whole")
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
 def digests(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
@@ -153,6 +158,41 @@ def test_an_interruption_after_the_rename_is_noticed(corpus, tmp_path, monkeypat
     assert out.with_name("out.work").exists() and digests(out) == whole
     assert run_shard(inputs, model, out, *OPTIONS) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and digests(out) == whole
+
+
+@pytest.mark.parametrize("change", ["another input", "another file", "another option"])
+def test_another_command_after_the_rename_does_its_own_work(change, tmp_path, model, monkeypatch, capsys):
+    """What an interrupted run left may not answer for another run."""
+    from data_prep.workfolder import WorkFolder
+
+    source, out = write_jsonl(tmp_path / "a.jsonl", texts(20)), tmp_path / "out"
+
+    def stop(self: WorkFolder) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(WorkFolder, "remove", stop)
+        assert run_shard(source, model, out) == 130
+    options: tuple[str, ...] = ("--overwrite",)
+    if change == "another input":
+        source = write_jsonl(tmp_path / "b.jsonl", texts(30))
+    elif change == "another file":
+        write_jsonl(source, texts(30))
+    else:
+        options += ("--min-text-bytes", "200")
+    assert run_shard(source, model, out, *options) == 0
+    documents = ShardedDataset(out).documents
+    assert f"train {documents} documents" in capsys.readouterr().out
+    assert documents == (sum(len(text.encode()) >= 200 for text in texts(20)) if change == "another option" else 30)
+    assert not out.with_name("out.work").exists()
+
+
+def test_work_on_other_inputs_is_refused(tmp_path, model, capsys):
+    first, second = (write_jsonl(tmp_path / name, texts(20)) for name in ("a.jsonl", "b.jsonl"))
+    assert run_shard(first, model, tmp_path / "out", "--part", "1/1") == 0
+    assert run_shard(second, model, tmp_path / "out") == 2
+    assert "holds the unfinished work of a command with other options (input)" in capsys.readouterr().err
+    assert run_shard(first, model, tmp_path / "out") == 0
 
 
 def test_duplicates_the_first_stays(corpus, tmp_path):
