@@ -62,30 +62,75 @@ def finished(out: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if ".tmp-" not in path.name} if folder.is_dir() else set()
 
 
+# runs shard.py until its operation number COUNT on a file whose name holds FRAGMENT, and is killed right before that one
+KILLED = """
+import os, runpy, signal, sys
+fragment, left = sys.argv[1], int(sys.argv[2])
+def hook(event, arguments):
+    global left
+    if event in ("open", "os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"):
+        if any(fragment in str(each) for each in arguments[:2]):
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+sys.argv = sys.argv[3:]
+sys.addaudithook(hook)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+PHASES = {"/segments/": 150, "/repeats/": 12, "/joined/": 8, "/result": 5, "published.json": 0}  # most operations before the kill
+
+
+def kill(corpus: tuple, out: Path, source: random.Random, last: bool) -> str:
+    """One SIGKILL at a moment that ``source`` draws, of a process that was alive; returns in which phase."""
+    phase = source.choice(["by what is done", *PHASES])
+    if phase == "by what is done":
+        process = start(corpus, out, "--workers", "2")
+        wanted = len(finished(out)) + source.randint(0, 6)
+        while process.poll() is None and len(finished(out)) < wanted and not (out.with_name("out.work") / "repeats").exists():
+            time.sleep(0.002)
+        process.kill()
+    else:
+        count = source.randint(0, PHASES[phase])
+        if phase == "published.json" and last:
+            count = 1  # the data set has its name, and what is left is being removed
+        command = [sys.executable, "-c", KILLED, phase, str(count), str(ROOT / "data_prep" / "shard.py"), "--input", str(corpus[0])]
+        command += ["--tokenizer", str(corpus[1]), "--out", str(out), *OPTIONS]
+        workers = "1" if phase == "/joined/" else str(source.choice([1, 2]))  # with several, others of them join
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen([*command, "--workers", workers], env=environment, **pipes)
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == -signal.SIGKILL, f"{phase}: the process ended before it was killed: {errors}"
+    return phase
+
+
 def kill_and_finish(corpus: tuple, out: Path, seed: int, kills: int) -> None:
     """SIGKILL at moments spread over the whole run, then finish: same bytes, finished segments are not made again."""
     source = random.Random(seed)
-    for _ in range(kills):
-        process = start(corpus, out, "--workers", str(source.choice([1, 2])))
-        wanted = len(finished(out)) + source.randint(0, 6)  # a moment by what is done, not by the clock
-        while process.poll() is None and len(finished(out)) < wanted:
-            time.sleep(0.002)
-        time.sleep(source.random() * 0.05)
-        process.kill()
-        process.communicate()
+    phases = [kill(corpus, out, source, last=number == kills - 1) for number in range(kills)]
     before = {name: (out.with_name(f"{out.name}.work") / "segments" / name).stat().st_ino for name in finished(out)}
     process = start(corpus, out, "--workers", "2")
     while process.poll() is None:
         now = {name: path.stat().st_ino for name in before if (path := out.with_name(f"{out.name}.work") / "segments" / name).exists()}
         assert all(before[name] == inode for name, inode in now.items())
         time.sleep(0.05)
-    assert process.returncode == 0, process.communicate()
-    assert digests(out) == corpus[2]
-    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    assert process.returncode == 0, (phases, process.communicate())
+    assert digests(out) == corpus[2], phases
+    assert [path.name for path in out.parent.iterdir()] == [out.name], phases
 
 
 def test_sigkill_at_random_moments_ends_in_the_same_bytes(corpus, tmp_path):
     kill_and_finish(corpus, tmp_path / "out", seed=0, kills=3)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_sigkill_in_every_phase(phase, corpus, tmp_path, monkeypatch):
+    source = random.Random(phase)
+    monkeypatch.setattr(source, "choice", lambda options: phase if phase in options else "1")
+    assert kill(corpus, tmp_path / "out", source, last=True) == phase
+    process = start(corpus, tmp_path / "out", "--workers", "2")
+    assert process.wait(300) == 0 and digests(tmp_path / "out") == corpus[2]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.soak
