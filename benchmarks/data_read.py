@@ -28,8 +28,11 @@ EPILOG = """example:
   python -m benchmarks.data_read --data data/code --work /tmp/peers --peers-python peers/bin/python > benchmarks/results/data_read.jsonl"""
 
 
-def ours(packing: str) -> Callable[[Path, int], Rows]:
-    """Rows as ``Mixture.load`` takes them from the stream: ids as stored, and which of them may be targets."""
+def ours(packing: str, verify: str = "size") -> Callable[[Path, int], Rows]:
+    """Rows as ``Mixture.load`` takes them from the stream: ids as stored, and which of them may be targets.
+
+    verify: "use" hashes every shard, as training does in a process's first epoch; every epoch here opens the data anew.
+    """
 
     def read(data: Path, length: int) -> Rows:
         import numpy as np
@@ -38,7 +41,7 @@ def ours(packing: str) -> Callable[[Path, int], Rows]:
         from swax_megatron.data.shards import ShardedDataset
         from swax_megatron.data.stream import SHUFFLE_TOKENS
 
-        stream = open_stream(ShardedDataset(data), length, 1, packing, SHUFFLE_TOKENS)
+        stream = open_stream(ShardedDataset(data, verify), length, 1, packing, SHUFFLE_TOKENS)
         for index in range(stream.per_epoch):
             ids, mask = np.empty(length + 1, stream.dataset.dtype), np.empty(length + 1, bool)
             stream.read_into(index, ids, mask)
@@ -57,7 +60,7 @@ def ours_batches(workers: int) -> Callable[[Path, int], Rows]:
         from swax_megatron.data.shards import ShardedDataset
         from swax_megatron.data.stream import SequenceStream
 
-        stream = SequenceStream(ShardedDataset(data), length, 1)
+        stream = SequenceStream(ShardedDataset(data, "size"), length, 1)
         mixture = Mixture([stream], [1.0], ["code"], 1)
 
         def plan(state: Any, step: int) -> tuple[list, Any]:
@@ -80,6 +83,7 @@ def ours_batches(workers: int) -> Callable[[Path, int], Rows]:
 
 OURS: dict[str, Callable[[Path, int], Rows]] = {
     "ours": ours("concatenate"),
+    "ours, sha256 of every shard": ours("concatenate", "use"),
     "ours, best fit": ours("best_fit"),
     "ours, whole batches": ours_batches(0),
     "ours, whole batches, 2 threads": ours_batches(2),

@@ -55,7 +55,7 @@ def test_dry_runs_name_the_part_and_the_command(cluster: Cluster, tmp_path: Path
     for part in (1, 2):
         said = (tmp_path / f"swax_shard-{part}.out").read_text()
         assert f"--input x --out y --part {part}/2" in said
-        assert said.index("data_prep/shard.py --workers ") < said.index(" --input x")  # so that a user's own --workers comes last and counts
+        assert said.index("data_prep/shard.py --workers ") < said.index(" --input x")  # a user's own comes last
     assert "-m swax_megatron.hf.export --checkpoint runs/x --out y" in (tmp_path / "convert.out").read_text()
     assert "error: --merge joins the parts once, in a job without --array" in (tmp_path / "swax_shard-3.out").read_text()
 
