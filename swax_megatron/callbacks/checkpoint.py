@@ -115,7 +115,7 @@ class Checkpoints(Callback):
             if wait:
                 self.finish(trainer)
             return
-        trainer.progress.enter("checkpoint", state.step)
+        trainer.progress.enter("checkpoint", state.step, "" if wait else "background")  # their usual times differ
         started = time.perf_counter()
         arguments: dict[str, Any] = {
             "config": to_dict(config),

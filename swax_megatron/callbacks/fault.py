@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from swax_megatron.callbacks.callback import Callback
+from swax_megatron.callbacks.checkpoint import Checkpoints
 from swax_megatron.checkpoint.store import latest
 from swax_megatron.state import StepResult
 
@@ -44,8 +45,12 @@ class Fault(Callback):
             parameter.register_hook(lambda gradient: gradient * float("nan") if self.active(trainer) else gradient)
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        due = self.settings.fault == "corrupt" and trainer.groups.rank == self.settings.fault_rank
-        if due and trainer.state.step == self.settings.fault_step and self._first(trainer.state.step):
+        if self.settings.fault != "corrupt" or trainer.state.step != self.settings.fault_step:
+            return
+        for callback in trainer.callbacks:
+            if isinstance(callback, Checkpoints):
+                callback.finish(trainer)  # on every rank: the save may be in the background
+        if trainer.groups.rank == self.settings.fault_rank and self._first(trainer.state.step):
             checkpoint = latest(Path(trainer.config.run_dir) / "checkpoints")
             victim = max(checkpoint.glob("rank_*.safetensors"), key=lambda path: path.stat().st_size)
             content = bytearray(victim.read_bytes())

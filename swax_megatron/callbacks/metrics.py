@@ -16,6 +16,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from swax_megatron.callbacks.callback import Callback
 from swax_megatron.config import to_dict, to_yaml
+from swax_megatron.errors import RunError
 from swax_megatron.hardware import peak_tflops
 from swax_megatron.model.cost import param_count, training_flops
 from swax_megatron.state import StepResult
@@ -86,12 +87,15 @@ class Metrics(Callback):
                 **_memory(trainer.groups.device),
             }
         )
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, result.step)
-        for name, values in result.histograms.items():
-            self.writer.add_histogram(name, np.array(values), result.step)
-        self.lines.write(json.dumps({"step": result.step, **metrics}) + "\n")
-        self.lines.flush()
+        try:
+            for name, value in metrics.items():
+                self.writer.add_scalar(name, value, result.step)
+            for name, values in result.histograms.items():
+                self.writer.add_histogram(name, np.array(values), result.step)
+            self.lines.write(json.dumps({"step": result.step, **metrics}) + "\n")
+            self.lines.flush()
+        except OSError as error:
+            raise RunError(f"step {result.step}: metrics of {self.run_dir} cannot be written ({error}); mend that, start again") from error
         last = result.step + 1 == config.train.steps
         if last or result.step == self.first or (result.step + 1) % config.monitor.log_interval == 0:
             _log.info(self._progress(trainer, result))

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from swax_megatron.trainer import Trainer
 
 
+BEFORE_TORCH = 0.8  # share of torch's own time-out, which ends a job without a word on who is missing
+
+
 class Watch(Callback):
     """From the first step to the end."""
 
@@ -20,7 +23,8 @@ class Watch(Callback):
     def on_start(self, trainer: Trainer) -> None:
         settings = trainer.config.resilience
         if settings.hang_factor:
-            limits = (settings.hang_factor, settings.hang_minimum, settings.hang_unknown)
+            ceiling = BEFORE_TORCH * trainer.config.train.distributed_timeout
+            limits = (settings.hang_factor, settings.hang_minimum, settings.hang_unknown, ceiling)
             self.watchdog = Watchdog(trainer.progress, limits, trainer.config.run_dir, trainer.events)
             self.watchdog.start()
 

@@ -10,6 +10,7 @@ reading leaves the half out.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = "events.jsonl"
+_log = logging.getLogger(__name__)
 
 
 class Events:
@@ -31,8 +33,14 @@ class Events:
         return cls(run_dir, 1 + sum(event["event"] == "start" for event in read_events(run_dir)))
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event, in one write, and fsync it."""
+        """Append one event, in one write, and fsync it. A full disk costs the event, with a warning, and not the run."""
         line = json.dumps({"time": round(time.time(), 3), "event": event, "attempt": self.attempt, **fields}) + "\n"
+        try:
+            self._append(line)
+        except OSError as error:
+            _log.warning("%s: the event %r is not written (%s)", self.path, event, error)
+
+    def _append(self, line: str) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:

@@ -38,12 +38,13 @@ class Progress:
         self._durations[old.kind].append(now - old.since)
         self.mark = Mark(section, (section, window), step, now, old.order + 1)
 
-    def limit(self, mark: Mark, factor: float, minimum: float, unknown: float) -> float:
+    def limit(self, mark: Mark, factor: float, minimum: float, unknown: float, ceiling: float = float("inf")) -> float:
         """Seconds after which a section is taken for hung: ``factor`` x the median of its kind, at least ``minimum``.
 
         unknown: for a kind with fewer than three durations (start, first steps with a window, first validation), and for
             sections that do nothing most of the time (callbacks), whose usual tells nothing
+        ceiling: never more than this
         """
         known = list(self._durations.get(mark.kind, ()))
         usual = factor * median(known) if len(known) >= 3 and mark.section in TIMED else unknown
-        return max(minimum, usual)
+        return min(ceiling, max(minimum, usual))

@@ -39,8 +39,8 @@ ORDER = ("data", "compute", "update")  # sections of a step; others come after i
 class Watchdog(threading.Thread):
     """Watches the training thread that creates it."""
 
-    def __init__(self, progress: Progress, limits: tuple[float, float, float], run_dir: str | Path, events: Events) -> None:
-        """limits: factor, minimum and unknown of ``Progress.limit``."""
+    def __init__(self, progress: Progress, limits: tuple[float, float, float, float], run_dir: str | Path, events: Events) -> None:
+        """limits: factor, minimum, unknown and ceiling of ``Progress.limit``."""
         super().__init__(name="watchdog", daemon=True)
         self.progress, self.limits, self.events = progress, limits, events
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -53,7 +53,7 @@ class Watchdog(threading.Thread):
         self.done = threading.Event()
         self.locked_out: Any = None
         self.beat()  # before anything can go wrong: a report names every rank's host and process
-        self._arm(limits[2] + 3 * BEAT + GATHER)
+        self._arm(min(limits[2:]) + 3 * BEAT + GATHER)
 
     def run(self) -> None:
         while not self.done.wait(BEAT):

@@ -52,6 +52,8 @@ def test_a_rank_that_dies(kind: str, codes: set[int], whole: Path, corpus: Path,
     raw = faulty(corpus, tmp_path / "run", kind)
     job = jobs.Job(raw)
     assert job.ended() in codes, job.text()[-3000:]
+    if kind == "sigterm":  # struck within step 4: that step is done, and saved, and none more
+        assert [event["step"] for event in jobs.events(tmp_path / "run", "signal")] == [5]
     workers(2).run(runs.train, raw)  # the next start, spared by the injector
     same_as(whole, tmp_path / "run")
 
@@ -107,13 +109,16 @@ def test_a_rare_long_step_is_no_hang() -> None:
     assert progress.limit(progress.mark, 10.0, 5.0, 900.0) == 900.0, "five hundred times nothing, then a long one"
 
 
-@pytest.mark.parametrize("name", ["disk full while saving", "data shard gone"])
+@pytest.mark.parametrize("name", ["disk full while saving", "disk full for metrics", "data shard gone"])
 def test_documented_stops(name: str, whole: Path, tmp_path: Path, workers: Any) -> None:
     """Exit code 1 (2 where a start meets it) and one sentence that names the file; mended, the run goes on as if nothing was."""
     data = write_corpus(tmp_path / "corpus_") if (tmp_path / "corpus_").mkdir() is None else tmp_path
     if name == "disk full while saving":
         raw = faulty(data, tmp_path / "run", "disk_full", fault_step=5)
         sentence = "error: checkpoint step_6 was not saved: rank 1: OSError"
+    elif name == "disk full for metrics":
+        raw = faulty(data, tmp_path / "run", "disk_full", fault_rank=0)
+        sentence = r"error: step \d: metrics of .*/run cannot be written \(.*File too large\)"
     else:
         raw = jobs.config(data, tmp_path / "run")
         sentence = r"training data cannot be read \(.*/a/shard-\d+\.tar is missing; copy the data set again\)"

@@ -111,9 +111,11 @@ def test_who_is_missing(after: dict[int, dict[str, Any]], silent: list[int], beh
 
 
 def test_slow_ranks() -> None:
-    assert slow_ranks([(0.1, 1.0), (0.1, 1.0), (0.1, 2.1), (0.6, 1.0)], 1.3) == ([2, 3], pytest.approx(2.0))
-    assert slow_ranks([(0.0, 1.0), (0.0, 2.0)], 1.3) == ([1], pytest.approx(2.0))
-    assert slow_ranks([(0.0, 1.0), (0.0, 1.1)], 1.3)[0] == []
+    assert slow_ranks([(0.1, 1.0), (0.1, 1.0), (0.1, 2.1), (0.6, 1.0)], 1.3, [0] * 4) == ([2, 3], pytest.approx(2.0))
+    assert slow_ranks([(0.0, 1.0), (0.0, 2.0)], 1.3, [0, 0]) == ([1], pytest.approx(2.0))
+    assert slow_ranks([(0.0, 1.0), (0.0, 1.1)], 1.3, [0, 0])[0] == []
+    # the last stage has the head: no rank of it is slow beside the others of its stage
+    assert slow_ranks([(0.0, 1.0), (0.0, 1.5), (0.0, 2.0), (0.0, 2.1)], 1.3, [0, 0, 1, 1]) == ([1], pytest.approx(1.5))
 
 
 def test_window_classes() -> None:
