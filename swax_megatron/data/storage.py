@@ -63,7 +63,18 @@ class Reader:
     """An open file, read at any position by any thread; closed when nobody refers to it any more."""
 
     def __init__(self, descriptor: int, name: str) -> None:
-        self._descriptor, self._name = descriptor, name
+        self._descriptor, self.name = descriptor, name
+
+    def sha256(self) -> str:
+        """sha256 of the file, in hexadecimal; OSError with its name where it cannot be read."""
+        digest, at = hashlib.sha256(), 0
+        try:
+            while block := os.pread(self._descriptor, 1 << 22, at):
+                digest.update(block)
+                at += len(block)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.name) from error
+        return digest.hexdigest()
 
     def read_into(self, offset: int, target: np.ndarray) -> None:
         """Fill the contiguous array ``target`` with the bytes from ``offset`` on.
@@ -75,10 +86,10 @@ class Reader:
             while done < target.nbytes:
                 more = os.preadv(self._descriptor, [target.view(np.uint8)[done:]], offset + done)
                 if not more:
-                    raise ValueError(f"{self._name} ends at byte {offset + done}, before its index says; copy the data set again")
+                    raise ValueError(f"{self.name} ends at byte {offset + done}, before its index says; copy the data set again")
                 done += more
         except OSError as error:  # of an open file it does not say which
-            raise OSError(error.errno, error.strerror, self._name) from error
+            raise OSError(error.errno, error.strerror, self.name) from error
 
     def __del__(self) -> None:
         os.close(self._descriptor)
@@ -111,18 +122,18 @@ class LocalFolder:
         if (found := path.stat().st_size) != size:
             raise ValueError(f"{path} has {found} bytes where the manifest states {size}; copy the data set again")
         if self.hashed:
-            self._check(path, name, sha256)
+            self._check(reader, name, sha256)
         return reader
 
-    def _check(self, path: Path, name: str, sha256: str) -> None:
+    def _check(self, reader: Reader, name: str, sha256: str) -> None:
         """Hash a file once; whoever comes in the meantime waits for the outcome."""
         with self._lock:
             mine = name not in self._checks
             check = self._checks.setdefault(name, Future())
         if mine:
             try:
-                if sha256_of(path) != sha256:
-                    raise ValueError(f"{path} is damaged: its sha256 is not the manifest's; copy the data set again")
+                if reader.sha256() != sha256:
+                    raise ValueError(f"{reader.name} is damaged: its sha256 is not the manifest's; copy the data set again")
                 check.set_result(None)
             except (OSError, ValueError) as error:
                 check.set_exception(error)

@@ -14,10 +14,9 @@ import pytest
 import torch
 
 from swax_megatron.config import from_dict
-from swax_megatron.data import storage
 from swax_megatron.data.mixture import Mixture
 from swax_megatron.data.shards import ShardedDataset
-from swax_megatron.data.storage import Reader, sha256_of
+from swax_megatron.data.storage import Reader
 from swax_megatron.data.stream import SequenceStream
 from swax_megatron.errors import RunError
 from swax_megatron.feed import Feed
@@ -83,7 +82,8 @@ def test_a_flipped_byte_stops_the_reader_before_it_is_used(name, folder):
 
 def test_every_file_is_hashed_once_by_the_threads_that_read(folder, monkeypatch):
     hashed: Counter = Counter()
-    monkeypatch.setattr(storage, "sha256_of", lambda path: hashed.update([path.name]) or sha256_of(path))
+    sha256 = Reader.sha256
+    monkeypatch.setattr(Reader, "sha256", lambda self: hashed.update([Path(self.name).name]) or sha256(self))
     dataset = ShardedDataset(folder, max_open_shards=1)
     assert not hashed
     with ThreadPoolExecutor(8) as pool:
@@ -135,6 +135,8 @@ def test_a_disk_s_error_names_the_file(folder):
     reader = Reader(os.open(folder, os.O_RDONLY), "web/shard-000000.tar")  # reading a folder fails as a broken disk does
     with pytest.raises(OSError, match="web/shard-000000.tar"):
         reader.read_into(0, np.empty(8, np.uint8))
+    with pytest.raises(OSError, match="web/shard-000000.tar"):
+        reader.sha256()
 
 
 def test_everything_damaged(folder):
