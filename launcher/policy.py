@@ -16,6 +16,7 @@ from pathlib import Path
 
 from swax_megatron.checkpoint.folder import newest_step
 from swax_megatron.errors import ExitCode
+from swax_megatron.resilience import STOP_FILE
 
 SIGNALLED = (128 + 2, 128 + 10, 128 + 15)  # an agent that was told to stop: SIGINT, SIGUSR1, SIGTERM
 
@@ -77,8 +78,16 @@ class Ledger:
             file.flush()
             os.fsync(file.fileno())
 
+    def held(self) -> bool:
+        """Whether the file STOP is in the run directory: then no start is allowed."""
+        return (self.run_dir / STOP_FILE).exists()
+
     def starts(self, job: str) -> list[Start]:
-        """The starts of one job, oldest first; a line that a crash cut short is passed over."""
+        """The starts of one job, oldest first."""
+        return [start for start in self.all() if start.job == job]
+
+    def all(self) -> list[Start]:
+        """Every start of the run, oldest first; a line that a crash cut short is passed over."""
         if not self.path.exists():
             return []
         found = []
@@ -87,7 +96,7 @@ class Ledger:
                 found.append(Start(**json.loads(line)))
             except (ValueError, TypeError):
                 continue
-        return [start for start in found if start.job == job]
+        return found
 
 
 def fruitless(starts: list[Start], step: int) -> int:
@@ -132,10 +141,13 @@ def give_up(starts: list[Start], step: int, limits: Limits) -> str | None:
     return None
 
 
-def decide(code: int, starts: list[Start], step: int, limits: Limits, *, slurm: bool, signalled: bool = False) -> Decision:
+def decide(
+    code: int, starts: list[Start], step: int, limits: Limits, *, slurm: bool, signalled: bool = False, held: bool = False
+) -> Decision:
     """What to do after a run ended with ``code`` at ``step`` (newest complete checkpoint).
 
     signalled: this supervisor or batch script was itself told to stop (on Slurm: by the time limit)
+    held: the file STOP is in the run directory, which refuses every further start
     """
     if code == ExitCode.FINISHED:
         return Decision(Action.FINISH, code, 0.0, "finished")
@@ -143,6 +155,8 @@ def decide(code: int, starts: list[Start], step: int, limits: Limits, *, slurm: 
         return Decision(Action.STOP, code, 0.0, "a mistake in the input: it would end the same way again")
     if code == ExitCode.RUN_ERROR:
         return Decision(Action.STOP, code, 0.0, "the run cannot go on by itself")
+    if held:
+        return Decision(Action.STOP, ExitCode.PREEMPTED, 0.0, f"the file {STOP_FILE} is in the run directory: remove it and start again")
     if signalled and not slurm:
         return Decision(Action.STOP, ExitCode.PREEMPTED, 0.0, "told to stop; the same command goes on from the newest checkpoint")
     refused = give_up(starts, step, limits)

@@ -17,6 +17,7 @@ import os
 import shlex
 import socket
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,7 @@ def make_plan(config: Config, arguments: Sequence[str], requested: int | None, n
     environment = {
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300"),  # time to save after SIGTERM
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600"),  # time to save after SIGTERM
     }
     if nodes == 1:
         environment["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")  # never the outside network
@@ -186,7 +187,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("# " + " ".join(f"{key}={value}" for key, value in plan.environment.items()) + " " + shlex.join(plan.command))
         print(to_yaml(config), end="")
         return 0
-    return start(plan, Path(config.run_dir), place)
+    try:
+        return start(plan, Path(config.run_dir), place)
+    except Exception:  # of the agent, not of the run: code 1 would say that the run cannot go on
+        traceback.print_exc()
+        return ExitCode.CRASHED
 
 
 if __name__ == "__main__":

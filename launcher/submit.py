@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.run import choose_processes
-from launcher.slurm import COMMENT, Job, Partition, ask, duration, our_jobs, partitions, read_site
+from launcher.slurm import COMMENT, Job, Partition, ask, directive, duration, gpu_count, lead, our_jobs, partitions, read_site
 from launcher.snapshot import absolute
 from launcher.sweep import Sweep, read_sweep, write_points
 from swax_megatron.checkpoint.folder import latest
@@ -56,15 +56,25 @@ def choose_partition(wanted: str | None, known: dict[str, Partition]) -> Partiti
     return known[wanted]
 
 
-def check_allocation(partition: Partition, nodes: int, gpus: int | None, limit: str | None) -> int:
-    """GPUs a node of the job will have. Raises ValueError where the partition cannot give what is asked."""
+def check_allocation(partition: Partition, nodes: int, gpus: int | None, limit: str | None, warning: int = 0) -> int:
+    """GPUs a node of the job will have. Raises ValueError where the partition cannot give what is asked.
+
+    limit: the job's time limit, from wherever; warning: seconds before it at which the ranks are told to save
+    """
     if not 1 <= nodes <= partition.nodes:
         raise ValueError(f"--nodes {nodes}: partition {partition.name} has {partition.nodes} node(s)")
     if gpus is not None and gpus > partition.gpus:
         raise ValueError(f"--gpus-per-node {gpus}: the nodes of partition {partition.name} have {partition.gpus}")
     seconds = duration(limit) if limit else None
-    if seconds is not None and partition.seconds is not None and seconds > partition.seconds:
-        raise ValueError(f"--time {limit}: partition {partition.name} ends jobs after {partition.seconds // 60} minutes")
+    if partition.seconds is not None and (seconds is None or seconds > partition.seconds):
+        if limit:
+            raise ValueError(f"--time {limit}: partition {partition.name} ends jobs after {partition.seconds // 60} minutes")
+        seconds = partition.seconds
+    if seconds is not None and seconds <= warning:
+        raise ValueError(
+            f"--time {limit or 'of the partition'}: the ranks are told to save {warning} s before the limit, which would be at the start; "
+            "give more time, or a shorter lead, e.g. SBATCH_SIGNAL=B:USR1@120"
+        )
     return partition.gpus if gpus is None else gpus
 
 
@@ -77,22 +87,32 @@ def check_fit(config: Config, nodes: int, gpus: int) -> int:
     return processes
 
 
-def check_run_dir(config: Config, scratch: str, queue: Sequence[Job], follows: bool) -> None:
-    """A run directory must be seen by every node and belong to one job at a time (successors wait for it)."""
+def check_run_dir(config: Config, scratch: str, queue: Sequence[Job], after: str | None) -> None:
+    """A run directory must be seen by every node and belong to one job at a time. after: of --after, jobs that end before."""
     folder = os.path.abspath(config.run_dir)
     if os.path.commonpath([folder, os.path.abspath(scratch)]) == os.path.abspath(scratch) and os.path.abspath(scratch) != "/tmp":
         raise ValueError(f"run_dir={config.run_dir!r} lies in SWAX_SCRATCH={scratch}, which each node has for itself: use a shared folder")
-    taken = [job.id for job in queue if job.run_dir == folder]
-    if taken and not follows:
+    before = set(re.findall(r"\d+", after or ""))
+    while more := {number for job in queue if job.id.partition("_")[0] in before for number in job.after} - before:
+        before |= more  # what those wait for ends before them
+    taken = [job.id for job in queue if job.run_dir == folder and job.id.partition("_")[0] not in before]
+    if taken:
         raise ValueError(
             f"run_dir={config.run_dir!r} is used by job {', '.join(taken)}: name another run_dir, cancel that job, "
-            f"or queue this one behind it with --after {taken[0]}"
+            f"or queue this one behind it with --after {taken[-1]}"
         )
+
+
+def check_paths(config: Config, name: str) -> None:
+    """A job runs in the project's folder, so relative paths must mean there what they mean here. Raises ValueError."""
+    if Path.cwd() != HOME and absolute(config) != config:
+        raise ValueError(f"{name}: has relative paths, which a job reads from {HOME}: submit from there, or write them absolute")
 
 
 def command_line(options: argparse.Namespace, run_dir: str, name: str, tail: list[str], after: str | None, array: str | None) -> list[str]:
     """The sbatch command."""
-    words = ["sbatch", "--parsable", f"--nodes={options.nodes}", f"--job-name={name}", f"--comment={COMMENT}{run_dir}"]
+    comment = COMMENT + (tail[tail.index("--sweep") + 1] if array else run_dir)
+    words = ["sbatch", "--parsable", f"--nodes={options.nodes}", f"--job-name={name}", f"--comment={comment}"]
     words += [f"--output={run_dir}/slurm-%{'A_%a' if array else 'j'}.out", "--export=ALL"]
     for option, value in (
         ("partition", options.partition),
@@ -124,8 +144,10 @@ def submit(options: argparse.Namespace) -> int:
         os.environ["SWAX_SITE"] = str(site.resolve())
 
     partition = choose_partition(options.partition or environment.get("SBATCH_PARTITION"), partitions())
-    site_gpus = environment.get("SBATCH_GPUS_PER_NODE")
-    gpus = check_allocation(partition, options.nodes, options.gpus_per_node or (int(site_gpus) if site_gpus else None), options.time)
+    asked = options.gpus_per_node or environment.get("SBATCH_GPUS_PER_NODE")
+    limit = options.time or environment.get("SBATCH_TIMELIMIT") or directive(HOME / options.script, "time")
+    warning = lead(environment.get("SBATCH_SIGNAL") or directive(HOME / options.script, "signal"))
+    gpus = check_allocation(partition, options.nodes, gpu_count(asked) if asked else None, limit, warning)
     queue = our_jobs()
 
     sweep: Sweep | None = None
@@ -136,8 +158,9 @@ def submit(options: argparse.Namespace) -> int:
         base, points = options.config, [options.overrides]
     for point in points:
         config = load_config(base, point)
+        check_paths(config, base)
         processes = check_fit(config, options.nodes, gpus)
-        check_run_dir(config, scratch, queue, follows=bool(options.after))
+        check_run_dir(config, scratch, queue, options.after)
         if not options.dry_run:
             validate_run_dir(config)
     size = model_parallel_size(config)
@@ -195,23 +218,12 @@ def status(_: argparse.Namespace) -> int:
     if not jobs:
         print("no job of launcher.submit is queued or running")
     for job in jobs:
-        folder = run_folder(job)
+        folder = Path(job.run_dir)
         restarts = re.search(r"\bRestarts=(\d+)", ask("scontrol", "-o", "show", "job", job.id))
         times = restarts.group(1) if restarts else "0"
         print(f"{job.id}  {job.state}  {job.nodes} node(s) {job.place}  {job.elapsed}  restarts {times}  {folder}")
         print(f"    {progress(folder)}")
     return 0
-
-
-def run_folder(job: Job) -> Path:
-    """The run directory of a job; of an array's point, its own."""
-    folder = Path(job.run_dir)
-    _, _, index = job.id.partition("_")
-    points = sorted(folder.glob("sweep_*.json"))
-    if not index.isdigit() or not points:
-        return folder
-    chosen = json.loads(points[-1].read_text(encoding="utf-8"))[int(index)]
-    return Path(chosen[-1].removeprefix("run_dir=")).absolute()
 
 
 def tail(options: argparse.Namespace) -> int:
@@ -221,7 +233,7 @@ def tail(options: argparse.Namespace) -> int:
         found = [job for job in our_jobs() if job.id == options.tail]
         if not found:
             raise ValueError(f"--tail {options.tail}: neither a run directory nor a job of yours in the queue")
-        folder = run_folder(found[0])
+        folder = Path(found[0].run_dir)
     logs = sorted([*folder.glob("logs/*/rank_0.log"), *folder.glob("slurm-*.out")], key=lambda path: path.stat().st_mtime)
     if not logs:
         raise ValueError(f"--tail {options.tail}: {folder} holds no log yet")
@@ -247,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("config", nargs="?", help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.field=value", help="overrides of single fields")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default: 1)")
-    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="(default: what the partition's nodes have)")
+    parser.add_argument("--gpus-per-node", metavar="N|KIND:N", help="(default: what the partition's nodes have)")
     parser.add_argument("--partition", help="(default: SBATCH_PARTITION of slurm/site.sh, or the cluster's)")
     parser.add_argument("--account", help="(default: SBATCH_ACCOUNT of slurm/site.sh)")
     parser.add_argument("--time", help="time limit, e.g. 12:00:00 (default: the script's)")

@@ -36,12 +36,19 @@ class Supervisor:
         self.job = f"{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}"
         self.child: subprocess.Popen | None = None
         self.told = threading.Event()
+        self.pending: int | None = None  # a signal that no child has had yet
 
     def stop(self, number: int, _: object) -> None:
         """Signal handler: pass the signal on once; the run saves and ends."""
-        if not self.told.is_set() and self.child is not None and self.child.poll() is None:
+        if not self.told.is_set():
+            self.told.set()
+            self.pending = number
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self.pending is not None and self.child is not None and self.child.poll() is None:
+            number, self.pending = self.pending, None
             self.child.send_signal(number)
-        self.told.set()
 
     def run(self) -> int:
         """Until the end; the exit code."""
@@ -49,11 +56,11 @@ class Supervisor:
             name = self.job if attempt == 0 else f"{self.job}.{attempt}"
             self.ledger.begin(self.job, name)
             self.child = subprocess.Popen([*self.command, "--name", name], start_new_session=True)
+            self._pass_on()  # one that came while there was no child
             code = self.child.wait()
             code = code if code >= 0 else 128 - code
-            decision = decide(
-                code, self.ledger.starts(self.job), self.ledger.step(), self.limits, slurm=False, signalled=self.told.is_set()
-            )
+            starts, step = self.ledger.starts(self.job), self.ledger.step()
+            decision = decide(code, starts, step, self.limits, slurm=False, signalled=self.told.is_set(), held=self.ledger.held())
             print(f"supervise: {decision.action.value}: {decision.reason}", file=sys.stderr, flush=True)
             if decision.action is not Action.RESTART:
                 return decision.code

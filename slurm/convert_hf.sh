@@ -15,10 +15,10 @@ home=${SWAX_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 [ -f "$home/slurm/common.sh" ] || { echo "error: submit from the project's folder, or set SWAX_HOME to it" >&2; exit 2; }
 . "$home/slurm/common.sh"
 cd "$home"
-load_site
-load_job
 arguments=() dry=''
 for argument in "$@"; do
     if [ "$argument" = --dry-run ]; then dry=1; else arguments+=("$argument"); fi
 done
+load_site
+[ -n "$dry" ] || load_job
 run_one -m swax_megatron.hf.export "${arguments[@]}"

@@ -17,8 +17,6 @@ home=${SWAX_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 [ -f "$home/slurm/common.sh" ] || { echo "error: submit from the project's folder, or set SWAX_HOME to it" >&2; exit 2; }
 . "$home/slurm/common.sh"
 cd "$home"
-load_site
-load_job
 arguments=() dry='' merge=''
 for argument in "$@"; do
     case $argument in
@@ -27,6 +25,8 @@ for argument in "$@"; do
         *) arguments+=("$argument") ;;
     esac
 done
+load_site
+[ -n "$dry" ] || load_job
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     [ -z "$merge" ] || die "--merge joins the parts once, in a job without --array"
     parts=${SWAX_PARTS:-$SLURM_ARRAY_TASK_MAX}

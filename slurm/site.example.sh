@@ -7,7 +7,7 @@
 # export SBATCH_ACCOUNT=project42
 # export SBATCH_QOS=normal
 # export SBATCH_CONSTRAINT=h100
-# export SBATCH_GPUS_PER_NODE=8         # where --exclusive alone does not give a job the node's GPUs
+# export SBATCH_GPUS_PER_NODE=8         # or h100:8; where --exclusive alone does not give a job the node's GPUs
 
 # ---- software: modules, then an environment, or a container ------------------------------------------------------------------
 # export SWAX_MODULES="gcc/13 cuda/12.8"
@@ -26,6 +26,7 @@ export SWAX_SCRATCH=/tmp                # a folder on every node's own disk: com
 
 # ---- checks before training (python -m launcher.preflight judge --help) ------------------------------------------------------
 # export SWAX_PREFLIGHT=0               # leave them out
+# export SWAX_PREFLIGHT_SECONDS=120      # how long nodes wait for each other
 # export SWAX_PREFLIGHT_LIMITS="--min-gpus 8 --min-matmul 400 --min-bandwidth 20 --min-disk 20"
 # export SWAX_NODE_CHECK=/usr/sbin/nhc  # the site's own: any exit code but 0 makes a node unfit
 

@@ -25,15 +25,19 @@ _BF16_PEAKS = {
 }
 
 
+def known_peak(name: str) -> float | None:
+    """The datasheet's dense bf16 TFLOP/s of the GPU of this name; None where the table lacks it."""
+    return next((peak for piece, peak in _BF16_PEAKS.items() if re.search(rf"\b{piece}\b", name)), None)
+
+
 def peak_tflops(configured: float | None, precision: str, device: torch.device) -> float:
     """The configured peak; else the datasheet's for a known GPU in bf16; else a matrix product measured now."""
     if configured is not None:
         return configured
     if device.type == "cuda" and precision == "bf16":
-        name = torch.cuda.get_device_name(device)
-        for piece, peak in _BF16_PEAKS.items():
-            if re.search(rf"\b{piece}\b", name):
-                return peak
+        known = known_peak(torch.cuda.get_device_name(device))
+        if known is not None:
+            return known
     measured = _measured_tflops(device, torch.bfloat16 if precision == "bf16" else torch.float32)
     _log.info("peak measured by a %s matrix product: %.3g TFLOP/s (monitor.peak_tflops sets another)", precision, measured)
     return measured

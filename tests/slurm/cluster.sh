@@ -4,7 +4,8 @@
 #   tests/slurm/cluster.sh down DIR           stops what `up DIR` started, by its own pids
 #   tests/slurm/cluster.sh kill DIR NODE      SIGKILL to a node's slurmd and to every process of its jobs: the node dies
 #   tests/slurm/cluster.sh start DIR NODE     the node comes back
-# CLUSTER_GPUS=8 gives every node eight GPUs that are none; CLUSTER_PORT=N sets the first port, for a second cluster.
+# CLUSTER_GPUS=8 gives every node eight GPUs that are none; CLUSTER_PORT=N sets the first port, for a second cluster, and its
+# first job's number: jobs choose their own ports by it.
 # Then: export SLURM_CONF=DIR/slurm.conf. Exit code 3, after one sentence, where a Slurm cannot run here.
 # It keeps to DIR and to its own ports, configuration, key and sockets; another Slurm of the machine is never spoken to.
 set -euo pipefail
@@ -24,10 +25,12 @@ install() {
         || cannot "apt-get could not install slurm-wlm and munge, see $dir/install.log"
 }
 
-alive() { [ -s "$1" ] && kill -0 "$(cat "$1")" 2>/dev/null; }
+alive() { # pid file, daemon: it runs (and is no other process that has the number of one that is gone)
+    [ -s "$1" ] && [ "$(ps -o comm= -p "$(cat "$1")" 2>/dev/null)" = "$2" ]
+}
 
-stop() { # pid file
-    alive "$1" || return 0
+stop() { # pid file, daemon
+    alive "$@" || return 0
     local pid; pid=$(cat "$1")
     kill "$pid" 2>/dev/null || true
     for _ in $(seq 50); do kill -0 "$pid" 2>/dev/null || return 0; sleep 0.1; done
@@ -35,13 +38,15 @@ stop() { # pid file
 }
 
 down() {
-    if alive "$dir/slurmctld.pid"; then
+    if alive "$dir/slurmctld.pid" slurmctld; then
         export SLURM_CONF=$dir/slurm.conf
         squeue -h -o %A 2>/dev/null | sort -u | xargs -r scancel 2>/dev/null || true
         for _ in $(seq 100); do [ -z "$(squeue -h 2>/dev/null)" ] && break; sleep 0.1; done
     fi
     local file
-    for file in "$dir"/slurmd.*.pid "$dir/slurmctld.pid" "$dir/munge/pid"; do [ -e "$file" ] && stop "$file"; done
+    for file in "$dir"/slurmd.*.pid; do [ -e "$file" ] && stop "$file" slurmd; done
+    stop "$dir/slurmctld.pid" slurmctld
+    stop "$dir/munge/pid" munged
     if [ -L "$dir/munge" ]; then
         rm -rf "$(readlink "$dir/munge")"
         rm -f "$dir/munge"
@@ -58,7 +63,7 @@ up() {
     [ "$(uname)" = Linux ] || cannot "it needs Linux"
     [ "$(id -u)" = 0 ] || cannot "its daemons run as root, this is $(id -un)"
     [ -w /etc/hosts ] || cannot "/etc/hosts cannot be written: node names must resolve"
-    if alive "$dir/slurmctld.pid"; then cannot "one is running in $dir already; stop it with '$0 down $dir'"; fi
+    if alive "$dir/slurmctld.pid" slurmctld; then cannot "one is running in $dir already; stop it with '$0 down $dir'"; fi
     local port
     for port in $(seq $base $((base + count))); do
         ! (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || cannot "port $port is in use"
@@ -73,7 +78,7 @@ up() {
     local host last=$((count - 1)) node
     host=$(hostname -s)
     for node in $(seq 0 $last); do
-        grep -qw "sn$node" /etc/hosts || echo "127.0.0.1 sn$node # swax-cluster $dir" >>/etc/hosts
+        echo "127.0.0.1 sn$node # swax-cluster $dir" >>/etc/hosts
     done
     touch "$dir/hosts.added"
     (umask 077; dd if=/dev/urandom of="$munge/key" bs=1 count=1024 status=none)
@@ -82,6 +87,7 @@ up() {
 ClusterName=swax
 SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=$base
+FirstJobId=$base
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -137,7 +143,7 @@ start() { slurmd -c -N "$1"; }
 
 kill_node() { # the node's daemon, its step daemons and all their children, as when a machine loses power
     local pids="" pid children
-    [ ! -s "$dir/slurmd.$1.pid" ] || pids=$(cat "$dir/slurmd.$1.pid")
+    ! alive "$dir/slurmd.$1.pid" slurmd || pids=$(cat "$dir/slurmd.$1.pid")
     # step daemons and what they started bear the node's name in their environment or command
     local environment
     for pid in /proc/[0-9]*; do

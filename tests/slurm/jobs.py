@@ -61,9 +61,21 @@ class Job:
         self.run_dir.parent.mkdir(parents=True, exist_ok=True)
         path = self.run_dir.with_suffix(".yaml")
         path.write_text(yaml.safe_dump(raw))
+        settings = {"SWAX_HOME": str(ROOT), "SWAX_PREFLIGHT": str(int(preflight))}
+        self._submit(str(path), arguments, options, settings)
+
+    @classmethod
+    def plain(cls, config: str, run_dir: Path, *arguments: str) -> Job:
+        """``sbatch slurm/pretrain_7b.sh --config FILE ...`` in the project's folder, without a setting or an option but the log's."""
+        job = cls.__new__(cls)
+        job.run_dir = run_dir
+        job._submit(config, (f"run_dir={run_dir}", *arguments), (), {})
+        return job
+
+    def _submit(self, config: str, arguments: tuple[str, ...], options: tuple[str, ...], settings: dict[str, str]) -> None:
         self.log = self.run_dir.with_suffix(".out")
-        environment = {**os.environ, "SWAX_HOME": str(ROOT), "SWAX_PREFLIGHT": str(int(preflight)), "TMPDIR": "/tmp"}
-        command = ["sbatch", "--parsable", f"--output={self.log}", *options, "slurm/pretrain_7b.sh", "--config", str(path), *arguments]
+        environment = {**os.environ, **settings, "TMPDIR": "/tmp"}
+        command = ["sbatch", "--parsable", f"--output={self.log}", *options, "slurm/pretrain_7b.sh", "--config", config, *arguments]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         self.id = done.stdout.strip()
@@ -90,9 +102,9 @@ class Job:
         """Wait until the metrics of 0-based ``step`` are on disk."""
         self.until(lambda: (self.run_dir / "metrics.jsonl").exists() and max(losses(self.run_dir), default=-1) >= step, f"step {step}")
 
-    def ended(self) -> str:
+    def ended(self, seconds: float = DEADLINE) -> str:
         """Wait for the end; Slurm's word for it."""
-        deadline = time.monotonic() + DEADLINE
+        deadline = time.monotonic() + seconds
         while (state := self.shown("JobState")) in ALIVE:
             assert time.monotonic() < deadline, self.text()[-4000:]
             time.sleep(0.2)
@@ -100,11 +112,11 @@ class Job:
 
     def processes(self, module: str, **environment: str) -> list[psutil.Process]:
         """The job's processes that run a module and have these variables."""
-        wanted = {"SLURM_JOB_ID": self.id, **environment}
+        wanted = {"SLURM_JOB_ID": self.id, "SLURM_CONF": os.environ["SLURM_CONF"], **environment}
         found = []
         for process in psutil.process_iter():
             try:
-                if module in process.cmdline() and wanted.items() <= process.environ().items():
+                if process.cmdline()[1:3] == ["-m", module] and wanted.items() <= process.environ().items():
                     found.append(process)
             except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
                 continue

@@ -86,6 +86,37 @@ def test_the_time_limit(job: Callable[..., Job], uninterrupted: dict[int, float]
     finished(run, uninterrupted)
     assert starts(run) == ["_0", "_1"] and run.shown("Restarts") == "1"
     assert "the time limit is near" in run.text() and "requeue: the time of this allocation is over" in run.text()
+    second = json.loads((run.run_dir / "starts.jsonl").read_text().splitlines()[1])
+    assert second["step"] >= 8, "nothing was saved when the signal came"
+
+
+def test_a_real_time_limit(job: Callable[..., Job], uninterrupted: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two minutes, the signal one before their end (Slurm may send it a minute earlier), and a run that takes longer."""
+    monkeypatch.setenv("SWAX_SUPERVISE", "--patience 9 --delay 1")
+    slow = ("resilience.fault=slow", f"resilience.fault_steps={LONG}", "resilience.fault_seconds=0.8")  # in each of four microbatches
+    run = job(*slow, options=("--nodes=2", "--time=2", "--signal=B:USR1@60"))
+    assert run.ended(seconds=1200) == "COMPLETED", run.text()  # as many allocations as it takes
+    assert losses(run.run_dir) == uninterrupted
+    assert int(run.shown("Restarts")) >= 1 and starts(run)[:2] == ["_0", "_1"]
+    assert "the time limit is near" in run.text()
+
+
+def test_a_requeued_job_runs_what_was_submitted(job: Callable[..., Job], uninterrupted: dict[int, float]) -> None:
+    """Whatever the file says by then."""
+    run = job()
+    run.until_step(7)
+    run.run_dir.with_suffix(".yaml").write_text("run_dir: elsewhere\n")
+    slurm("scontrol", "requeue", run.id)
+    finished(run, uninterrupted)
+    assert "going on with the code and the configuration of" in run.text()
+
+
+def test_a_stop_file_ends_the_job(job: Callable[..., Job]) -> None:
+    run = job()
+    run.until_step(7)
+    (run.run_dir / "STOP").touch()
+    assert run.ended() == "FAILED" and run.shown("ExitCode") == "75:0" and run.shown("Restarts") == "0"
+    assert "stop: the file STOP is in the run directory: remove it and start again" in run.text()
 
 
 def test_a_node_dies(cluster: Cluster, job: Callable[..., Job], uninterrupted: dict[int, float]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.batch import in_use, main
 from launcher.policy import Action, Ledger, Limits, Start, decide, fruitless, outcome
 from launcher.submit import progress
 from launcher.supervise import Supervisor
@@ -159,3 +160,108 @@ def test_damaged_and_replaced_checkpoints_are_told_and_end_no_launcher(tmp_path:
     shutil.rmtree(root / "step_6")
     (root / "step_4").rename(root / "step_4.replaced-00ff")  # killed between the renames of a replacement
     assert Ledger(tmp_path).step() == 4 and progress(tmp_path) == "newest checkpoint step_4.replaced-00ff"
+
+
+def test_a_signal_before_the_child_is_there_reaches_it(tmp_path: Path) -> None:
+    """Between the ledger's line and the child: it is passed on as soon as there is one."""
+    code = "import time; time.sleep(60)"
+    supervisor = Supervisor([sys.executable, "-c", code], tmp_path, Limits())
+    begin = supervisor.ledger.begin
+
+    def begin_and_signal(job: str, name: str) -> None:
+        begin(job, name)
+        supervisor.stop(signal.SIGTERM, None)
+
+    supervisor.ledger.begin = begin_and_signal
+    started = time.monotonic()
+    assert supervisor.run() == ExitCode.PREEMPTED
+    assert supervisor.child.returncode == -signal.SIGTERM, time.monotonic() - started
+
+
+def test_the_stop_file_ends_the_supervisor_with_75(tmp_path: Path) -> None:
+    (tmp_path / "STOP").touch()
+    supervisor = Supervisor([sys.executable, "-c", RUN, str(tmp_path), "75"], tmp_path, Limits(delay=0.01))
+    assert supervisor.run() == ExitCode.PREEMPTED
+    assert not (tmp_path / "start_1").exists()
+
+
+def judged(capsys: pytest.CaptureFixture, run_dir: Path, code: int, *more: str) -> list[str]:
+    asked = ["decide", "--run-dir", str(run_dir), "--job", "7", "--name", "7_0", "--next", "7_0.1", "--code", str(code), *more]
+    assert main(asked) == 0
+    return capsys.readouterr().out.rstrip("\n").split("\t")
+
+
+@pytest.mark.parametrize(
+    ("code", "written", "action", "ends"),
+    [
+        (1, {}, "restart", "70"),  # srun could not create the step; a traceback of the launcher
+        (1, {"node_0.json": 1, "node_1.json": 70}, "stop", "1"),  # a rank said that it cannot go on
+        (1, {"preflight.json": 1}, "stop", "1"),  # every node failed the checks
+        (1, {"node_0.json": 75}, "restart", "70"),
+        (137, {"node_1.json": 137}, "restart", "137"),
+        (0, {"preflight.json": 0, "node_0.json": 0}, "finish", "0"),
+    ],
+)
+def test_code_1_counts_only_where_somebody_wrote_it_down(
+    tmp_path: Path, capsys: pytest.CaptureFixture, code: int, written: dict[str, int], action: str, ends: str
+) -> None:
+    (tmp_path / "logs" / "7_0").mkdir(parents=True)
+    for name, told in written.items():
+        (tmp_path / "logs" / "7_0" / name).write_text(json.dumps({"code": told}))
+    Ledger(tmp_path).begin("7", "7_0")
+    assert judged(capsys, tmp_path, code)[:2] == [action, ends]
+
+
+def test_a_restart_is_written_down_when_it_happens_under_the_name_it_will_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.begin("7", "7_0")
+    assert judged(capsys, tmp_path, 137)[0::2] == ["restart", "10"]  # it gained nothing: later, by begin
+    assert [start.name for start in ledger.all()] == ["7_0"]
+    assert main(["begin", "--run-dir", str(tmp_path), "--job", "7", "--name", "7_0.1"]) == 0
+    assert [start.name for start in ledger.starts("7")] == ["7_0", "7_0.1"]
+    gained = Ledger(tmp_path / "other")
+    gained.begin("7", "7_0")
+    monkeypatch.setattr(Ledger, "step", lambda _: 4)
+    assert judged(capsys, tmp_path / "other", 137)[0::2] == ["restart", "0"]
+    assert [start.name for start in gained.all()] == ["7_0", "7_0.1"]
+
+
+@pytest.mark.parametrize("more", [(), ("--signalled",)])
+def test_a_stop_file_ends_a_slurm_job(tmp_path: Path, capsys: pytest.CaptureFixture, more: tuple[str, ...]) -> None:
+    """Where it would have been requeued, to be refused at its next start."""
+    Ledger(tmp_path).begin("7", "7_0")
+    assert judged(capsys, tmp_path, 75, *more)[0] == "requeue"
+    (tmp_path / "STOP").touch()
+    assert judged(capsys, tmp_path, 75, *more)[:2] == ["stop", "75"]
+
+
+def test_a_run_that_another_running_job_started_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """squeue's answer, by a stand-in: job 6_2 runs, others are unknown to it."""
+    stub = tmp_path / "squeue"
+    stub.write_text('#!/bin/sh\ncase "$*" in *"-j 6_2") echo 6 ;; *) echo "error: Invalid job id specified" >&2; exit 1 ;; esac\n')
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    ledger = Ledger(tmp_path / "run")
+    assert in_use(ledger, "7") is None
+    ledger.begin("6-2", "6-2_0")
+    assert in_use(ledger, "7") == "6-2" and in_use(ledger, "6-2") is None
+    ledger.begin("5", "5_0")
+    assert in_use(ledger, "7") is None
+    ledger.begin("20260101_000000_12", "20260101_000000_12")  # a supervisor's
+    assert in_use(ledger, "7") is None
+
+
+def test_an_agent_s_own_failure_is_a_crash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from launcher import run
+
+    def fail(*_: object) -> int:
+        raise OSError("no space left for a log")
+
+    monkeypatch.setattr(run, "run_workers", fail)
+    monkeypatch.setattr(run, "make_plan", lambda *_: run.Plan(1, 0, 1, {"OMP_NUM_THREADS": "1"}, ()))
+    monkeypatch.setattr(run, "validate_run_dir", lambda _: None)
+    (tmp_path / "c.yaml").write_text(f"run_dir: {tmp_path}/run\n")
+    assert run.main([str(tmp_path / "c.yaml")]) == ExitCode.CRASHED
+    assert "no space left for a log" in capsys.readouterr().err
