@@ -16,7 +16,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -29,8 +28,11 @@ EPILOG = """example:
   python -m benchmarks.data_read --data data/code --work /tmp/peers --peers-python peers/bin/python > benchmarks/results/data_read.jsonl"""
 
 
-def ours(packing: str) -> Callable[[Path, int], Rows]:
-    """Rows as ``Mixture.load`` takes them from the stream: ids as stored, and which of them may be targets."""
+def ours(packing: str, verify: str = "size") -> Callable[[Path, int], Rows]:
+    """Rows as ``Mixture.load`` takes them from the stream: ids as stored, and which of them may be targets.
+
+    verify: "use" hashes every shard, as training does in a process's first epoch; every epoch here opens the data anew.
+    """
 
     def read(data: Path, length: int) -> Rows:
         import numpy as np
@@ -39,7 +41,7 @@ def ours(packing: str) -> Callable[[Path, int], Rows]:
         from swax_megatron.data.shards import ShardedDataset
         from swax_megatron.data.stream import SHUFFLE_TOKENS
 
-        stream = open_stream(ShardedDataset(data), length, 1, packing, SHUFFLE_TOKENS)
+        stream = open_stream(ShardedDataset(data, verify), length, 1, packing, SHUFFLE_TOKENS)
         for index in range(stream.per_epoch):
             ids, mask = np.empty(length + 1, stream.dataset.dtype), np.empty(length + 1, bool)
             stream.read_into(index, ids, mask)
@@ -58,7 +60,7 @@ def ours_batches(workers: int) -> Callable[[Path, int], Rows]:
         from swax_megatron.data.shards import ShardedDataset
         from swax_megatron.data.stream import SequenceStream
 
-        stream = SequenceStream(ShardedDataset(data), length, 1)
+        stream = SequenceStream(ShardedDataset(data, "size"), length, 1)
         mixture = Mixture([stream], [1.0], ["code"], 1)
 
         def plan(state: Any, step: int) -> tuple[list, Any]:
@@ -81,6 +83,7 @@ def ours_batches(workers: int) -> Callable[[Path, int], Rows]:
 
 OURS: dict[str, Callable[[Path, int], Rows]] = {
     "ours": ours("concatenate"),
+    "ours, sha256 of every shard": ours("concatenate", "use"),
     "ours, best fit": ours("best_fit"),
     "ours, whole batches": ours_batches(0),
     "ours, whole batches, 2 threads": ours_batches(2),
@@ -132,8 +135,11 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def remote(data: Path, length: int, work: Path) -> dict[str, Any]:
-    """Reading over HTTP from a server on this machine, cold and warm cache, against what the link gives by itself."""
+def remote(data: Path, length: int, work: Path, link_mb: float | None = None) -> dict[str, Any]:
+    """Reading over HTTP from a server on this machine, cold and warm cache, against what the link gives by itself.
+
+    link_mb: MB a second that the server gives at most.
+    """
     import tempfile
     import urllib.request
     from concurrent.futures import ThreadPoolExecutor
@@ -142,15 +148,10 @@ def remote(data: Path, length: int, work: Path) -> dict[str, Any]:
     from swax_megatron.data.shards import ShardedDataset
     from swax_megatron.data.stream import SequenceStream
 
-    server = subprocess.Popen(
-        [sys.executable, "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(data)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        text=True,
-    )
-    url = f"http://127.0.0.1:{server.stdout.readline().split(' port ')[1].split()[0]}"
-    threading.Thread(target=server.stdout.read, daemon=True).start()
+    command = [sys.executable, "-m", "benchmarks.http_link", str(data)]
+    command += ["--mb-per-second", str(link_mb)] if link_mb else []
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    url = server.stdout.readline().strip()
     try:
         tars = sorted(path.name for path in data.glob("*.tar"))
 
@@ -182,7 +183,9 @@ def remote(data: Path, length: int, work: Path) -> dict[str, Any]:
         "reader": "ours, HTTP on this machine",
         "sequence_length": length,
         "shuffle_tokens": 1 << 27,
+        "link_limited_to_mb_per_second": link_mb,
         "link_mb_per_second": round(link / 1e6, 1),
+        "cold_share_of_link": round(size / rates["cold"] / link, 3),
         "link_million_tokens_per_second": round(link / 2e6, 1),
         "cold_million_tokens_per_second": round(tokens / rates["cold"] / 1e6, 1),
         "warm_million_tokens_per_second": round(tokens / rates["warm"] / 1e6, 1),
@@ -197,12 +200,13 @@ def _timed_epoch(stream: Any) -> float:
     return time.perf_counter() - started
 
 
-def _lines(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def lines(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Each reader in an interpreter of its own."""
     for name in options.readers:
         python = sys.executable if name in OURS or name == "http" else options.peers_python
         command = [python, "-m", "benchmarks.data_read", "--data", options.data, "--work", options.work, "--only", name]
         command += ["--length", str(options.length), "--repetitions", str(options.repetitions)]
+        command += ["--link-mb", str(options.link_mb)] if options.link_mb else []
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             yield {"reader": name, "failed": (done.stderr.strip().splitlines() or ["no message"])[-1]}
@@ -221,6 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--readers", nargs="+", choices=readers, default=readers, metavar="READER", help=f"of: {', '.join(readers)}")
     parser.add_argument("--length", type=int, default=16384, help="T in tokens (default %(default)s)")
     parser.add_argument("--repetitions", type=int, default=3, help="epochs that are timed (default %(default)s)")
+    parser.add_argument("--link-mb", type=float, help="MB a second that the server of the reader http gives at most (default: no limit)")
     parser.add_argument("--only", choices=readers, help=argparse.SUPPRESS)  # one reader, in this process
     options = parser.parse_args(argv)
     data, work = Path(options.data).resolve(), Path(options.work).resolve()
@@ -229,12 +234,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     work.mkdir(parents=True, exist_ok=True)
     if options.only == "http":
-        print(json.dumps(remote(data, options.length, work)))
+        print(json.dumps(remote(data, options.length, work, options.link_mb)))
     elif options.only:
         print(json.dumps(read_one(options.only, data, work, options.length, options.repetitions)))
     else:
         about = {"machine": f"{os.cpu_count()} cores, {platform.machine()}", "python": platform.python_version(), "data": data.name}
-        for line in _lines(options):
+        for line in lines(options):
             print(json.dumps({**line, **about}), flush=True)
     return 0
 

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,18 +146,8 @@ def versions(python: str, names: tuple[str, ...]) -> dict[str, str]:
     return json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
-def main() -> int:
-    """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, required=True, help="JSON lines with a key text")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="a SentencePiece BPE model")
-    parser.add_argument("--peers-python", type=Path, help="the interpreter of the peers' environment")
-    parser.add_argument("--megatron", type=Path, help="a clone of Megatron-LM")
-    parser.add_argument("--workers", type=int, default=2, help="processes each program may use (default %(default)s)")
-    parser.add_argument("--only", nargs="+", help="names to run")
-    parser.add_argument("--limit", type=float, default=900, help="seconds for each program (default %(default)s)")
-    parser.add_argument("--results", type=Path, help="a file to append the lines to")
-    args = parser.parse_args()
+def lines(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """Run every program that can be run, one after another, and leave what it writes in ``folder``; a line each."""
     size = text_bytes(args.corpus)
     about = {"corpus_mb": round(size / 1e6, 1), "workers": args.workers, "cores": os.cpu_count(), "python": sys.version.split()[0]}
     ours = versions(sys.executable, ("sentencepiece", "gigatoken", "numpy"))
@@ -166,17 +157,37 @@ def main() -> int:
         theirs["Megatron-LM"] = subprocess.run(
             ["git", "-C", str(args.megatron), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
         ).stdout.strip()
+    for name, command, environment, out in cases(args, folder):
+        if args.only and name not in args.only:
+            continue
+        result = measured(command, environment, folder / "log", args.limit)
+        line: dict[str, Any] = {"program": name, **result}
+        if "failed" not in result:
+            line["mb_per_second"] = round(size / 1e6 / result["seconds"], 2)
+            line["mb_per_cpu_second"] = round(size / 1e6 / result["cpu_seconds"], 2)
+            line["tokens"] = tokens_written(out)
+        yield {**line, **about, "load": round(os.getloadavg()[0], 1), "versions": ours if name.startswith("swax") else theirs}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is sharded, by whom."""
+    parser.add_argument("--corpus", type=Path, required=True, help="JSON lines with a key text")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="a SentencePiece BPE model")
+    parser.add_argument("--peers-python", type=Path, help="the interpreter of the peers' environment")
+    parser.add_argument("--megatron", type=Path, help="a clone of Megatron-LM")
+    parser.add_argument("--workers", type=int, default=2, help="processes each program may use (default %(default)s)")
+    parser.add_argument("--only", nargs="+", help="names of programs that shard; default: all")
+    parser.add_argument("--limit", type=float, default=900, help="seconds for each program that shards (default %(default)s)")
+    parser.add_argument("--results", type=Path, help="a file to append the lines to")
+
+
+def main() -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="data-write-") as temporary:
-        for name, command, environment, out in cases(args, Path(temporary)):
-            if args.only and name not in args.only:
-                continue
-            result = measured(command, environment, Path(temporary) / "log", args.limit)
-            line: dict[str, Any] = {"program": name, **result}
-            if "failed" not in result:
-                line["mb_per_second"] = round(size / 1e6 / result["seconds"], 2)
-                line["mb_per_cpu_second"] = round(size / 1e6 / result["cpu_seconds"], 2)
-                line["tokens"] = tokens_written(out)
-            line |= {**about, "load": round(os.getloadavg()[0], 1), "versions": ours if name.startswith("swax") else theirs}
+        for line in lines(args, Path(temporary)):
             print(json.dumps(line), flush=True)
             if args.results:
                 with open(args.results, "a", encoding="utf-8") as file:

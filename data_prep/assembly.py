@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_prep.cli import Progress
 from data_prep.duplicates import FINGERPRINT, FINGERPRINTS, find_duplicates
 from data_prep.encoders import load_tokenizer
 from data_prep.encoding import SKIPPED, SPLITS, EncodeOptions
 from data_prep.inputs import Source
-from data_prep.joining import Piece, groups, place_shards
+from data_prep.joining import Group, Piece, groups, place_shards
 from data_prep.pool import Pool
 from data_prep.segments import Segment, Task
 from data_prep.workfolder import PUBLISHED, WorkFolder
@@ -73,7 +75,7 @@ def assemble(
         folder = result / name if options.validation_fraction else result
         folder.mkdir(parents=True)
         made = list(groups(split.pieces, vocab_size, options.shard_size))
-        joined = pool.join([group for group in made if not group.as_it_is])
+        joined = _join([group for group in made if not group.as_it_is], pool, name)
         shards = [
             (Path(group.pieces[0].folder), group.pieces[0].entry) if group.as_it_is else (work.joined / group.name, joined[group.name])
             for group in made
@@ -86,8 +88,18 @@ def assemble(
         counts.append(f"{name} {manifest['totals']['documents']} documents, {manifest['totals']['tokens']} tokens")
     left_out = [f"{count} {reason.replace('_', ' ')}" for reason, count in skipped.items() if count]
     summary = "; ".join(counts) + (f"; skipped {', '.join(left_out)}" if left_out else "")
-    _publish(work, result, summary)
+    _publish(work, result, {"summary": summary, **_made_by(work, tasks)})
     return summary
+
+
+def _join(todo: list[Group], pool: Pool, split: str) -> dict[str, dict[str, Any]]:
+    """``Pool.join`` with a line of progress every few seconds."""
+    if not todo:
+        return {}
+    progress = Progress(f"joining small shards of {split}", sum(group.documents for group in todo))
+    joined = pool.join(todo, lambda entry: progress.add(entry["documents"], 0, entry["documents"]))
+    progress.finish()
+    return joined
 
 
 def _split(work: WorkFolder, segments: Sequence[tuple[Segment, dict[str, Any]]], name: str, options: EncodeOptions) -> Split:
@@ -96,7 +108,10 @@ def _split(work: WorkFolder, segments: Sequence[tuple[Segment, dict[str, Any]]],
     folders = [work.folder(segment) / name for segment, _ in mine]
     repeats = work.path / "repeats" / name
     if options.deduplicate:
-        find_duplicates([folder / FINGERPRINTS for folder in folders], repeats)
+        documents = sum(entry["documents"] for _, content in mine for entry in content["shards"])
+        progress = Progress(f"finding duplicates in {name}", 2 * documents)
+        find_duplicates([folder / FINGERPRINTS for folder in folders], repeats, report=lambda count: progress.add(count, 0, 0))
+        progress.finish()
     split = Split()
     for number, ((segment, content), folder) in enumerate(zip(mine, folders, strict=True)):
         source, text_bytes = segment.task.source, content["text_bytes"]
@@ -146,9 +161,9 @@ def _refuse_empty(splits: dict[str, Split], skipped: dict[str, int], fraction: f
             raise ValueError(f"--validation-fraction {fraction} of {total} documents leaves the {name} set empty; choose another fraction")
 
 
-def _publish(work: WorkFolder, result: Path, summary: str) -> None:
+def _publish(work: WorkFolder, result: Path, said: dict[str, Any]) -> None:
     """Rename the finished folder to its name; an old one leaves first, and goes with the work folder."""
-    write_synced(work.path / PUBLISHED, json.dumps({"summary": summary, "manifests": _manifests(result)}).encode())
+    write_synced(work.path / PUBLISHED, json.dumps({**said, "manifests": _manifests(result)}).encode())
     if work.out.exists():
         shutil.rmtree(work.path / "replaced", ignore_errors=True)
         work.out.rename(work.path / "replaced")
@@ -157,15 +172,25 @@ def _publish(work: WorkFolder, result: Path, summary: str) -> None:
     work.remove()
 
 
-def published(work: WorkFolder) -> str | None:
-    """The summary of a run that was interrupted after its data set got its name, or None; what it left is removed."""
+def published(work: WorkFolder, tasks: Sequence[Task]) -> str | None:
+    """The summary of a run of this command that was interrupted after its data set got its name, or None.
+
+    What such a run left, of this or another command or over other files, is removed.
+    """
     if not (work.path / PUBLISHED).exists():
         return None
     said = json.loads((work.path / PUBLISHED).read_text())
     if said["manifests"] != _manifests(work.out):
-        return None
+        return None  # it was interrupted before
     work.remove()
-    return said["summary"]
+    made_by = _made_by(work, tasks)
+    return said["summary"] if {key: said.get(key) for key in made_by} == made_by else None
+
+
+def _made_by(work: WorkFolder, tasks: Sequence[Task]) -> dict[str, str]:
+    """What tells one run's data set from another's: the options, and the files with their sizes and times."""
+    files = json.dumps([asdict(task) for task in tasks])
+    return {"command": work.command, "files": hashlib.sha256(files.encode()).hexdigest()}
 
 
 def _manifests(folder: Path) -> dict[str, str]:

@@ -77,20 +77,26 @@ def share(text: str) -> float:
 
 
 class Progress:
-    """A line on stderr every few seconds: share done, rate, time left."""
+    """A line on stderr every few seconds: share done, rate, time left.
 
-    def __init__(self, what: str, total_bytes: int, interval: float = 5.0) -> None:
-        self._what, self._total, self._interval = what, max(1, total_bytes), interval
+    total: of what ``add`` counts first, such as bytes of input; None where it is not known, then no share is told.
+    """
+
+    def __init__(self, what: str, total: int | None, interval: float = 5.0) -> None:
+        self._what, self._total, self._interval = what, total, interval
         self._start = self._last = time.monotonic()
         self._done = self._text = self._documents = 0
 
-    def add(self, input_bytes: int, text_bytes: int, documents: int) -> None:
+    def add(self, done: int, text_bytes: int, documents: int) -> None:
         """Count what was read from disk, the text in it and its documents."""
-        self._done, self._text, self._documents = self._done + input_bytes, self._text + text_bytes, self._documents + documents
+        self._done, self._text, self._documents = self._done + done, self._text + text_bytes, self._documents + documents
         now = time.monotonic()
         if now - self._last >= self._interval:
             self._last = now
-            share = min(1.0, self._done / self._total)
+            if self._total is None:
+                self._print(f"{now - self._start:.0f} s")
+                return
+            share = min(1.0, self._done / max(1, self._total))
             left = (now - self._start) * (1 - share) / share if share else float("nan")
             self._print(f"{100 * share:5.1f} %, {left:.0f} s left")
 
@@ -100,6 +106,6 @@ class Progress:
 
     def _print(self, state: str) -> None:
         seconds = max(1e-9, time.monotonic() - self._start)
-        rate = f"{self._text / 1e6:.1f} MB of text at {self._text / 1e6 / seconds:.2f} MB/s"
-        documents = f"{self._documents} documents at {self._documents / seconds:.0f}/s"
-        print(f"{self._what}: {state}; {rate}; {documents}", file=sys.stderr, flush=True)
+        rate = f"; {self._text / 1e6:.1f} MB of text at {self._text / 1e6 / seconds:.2f} MB/s" if self._text else ""
+        documents = f"; {self._documents} documents at {self._documents / seconds:.0f}/s" if self._documents else ""
+        print(f"{self._what}: {state}{rate}{documents}", file=sys.stderr, flush=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -31,21 +31,33 @@ def document_fingerprints(texts: Sequence[bytes]) -> np.ndarray:
     return found
 
 
-def find_duplicates(pieces: Sequence[Path], folder: Path, memory: int = 512 << 20) -> None:
+def find_duplicates(
+    pieces: Sequence[Path], folder: Path, memory: int = 512 << 20, report: Callable[[int], None] = lambda documents: None
+) -> None:
     """Write for piece i the numbers of its documents that occurred before to ``folder``/i, where there are any.
 
     pieces: files of ``FINGERPRINT``, in the corpus's order.  folder: is emptied first.  memory: bytes to use, about.
+    report: called with the number of documents of each part of the work when it is done; every document counts twice.
+    Raises OSError, which names a file or the folder, where the disk is full.
     """
+    try:
+        _find(pieces, folder, memory, report)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or str(folder)) from error
+
+
+def _find(pieces: Sequence[Path], folder: Path, memory: int, report: Callable[[int], None]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     counts = np.array([path.stat().st_size // FINGERPRINT.itemsize for path in pieces], np.int64)
     firsts = np.concatenate([[0], np.cumsum(counts)])
     needed = int(firsts[-1]) * _ENTRY.itemsize * _SORTING
     bits = min((max(1, needed // memory)).bit_length(), _MOST_PARTITIONS.bit_length() - 1)
-    _partition(pieces, firsts, folder, bits)
+    _partition(pieces, firsts, folder, bits, report)
     for partition in range(1 << bits):
         path = _partition_path(folder, partition)
         entries = np.fromfile(path, _ENTRY)
+        count = len(entries)
         order = np.lexsort((entries["place"], entries["low"], entries["high"]))
         high, low = entries["high"][order], entries["low"][order]
         again = np.flatnonzero((high[1:] == high[:-1]) & (low[1:] == low[:-1])) + 1
@@ -55,14 +67,15 @@ def find_duplicates(pieces: Sequence[Path], folder: Path, memory: int = 512 << 2
         owners = np.searchsorted(firsts, places, side="right") - 1
         for piece in np.unique(owners):
             with open(folder / str(piece), "ab") as file:
-                (places[owners == piece] - firsts[piece]).astype("<i8").tofile(file)
+                file.write((places[owners == piece] - firsts[piece]).astype("<i8").tobytes())  # tofile's errors say no reason
+        report(count)
 
 
 def _partition_path(folder: Path, partition: int) -> Path:
     return folder / f"partition-{partition:03d}"
 
 
-def _partition(pieces: Sequence[Path], firsts: np.ndarray, folder: Path, bits: int) -> None:
+def _partition(pieces: Sequence[Path], firsts: np.ndarray, folder: Path, bits: int, report: Callable[[int], None]) -> None:
     """Spread the fingerprints, with their places in the corpus, over 2^bits files by their first bits."""
     with ExitStack() as stack:
         files = [stack.enter_context(open(_partition_path(folder, partition), "wb")) for partition in range(1 << bits)]
@@ -75,4 +88,5 @@ def _partition(pieces: Sequence[Path], firsts: np.ndarray, folder: Path, bits: i
             order = np.argsort(owner, kind="stable")
             bounds = np.searchsorted(owner[order], np.arange((1 << bits) + 1))
             for partition in range(1 << bits):
-                entries[order[bounds[partition] : bounds[partition + 1]]].tofile(files[partition])
+                files[partition].write(entries[order[bounds[partition] : bounds[partition + 1]]].tobytes())
+            report(len(found))

@@ -99,10 +99,11 @@ def _documents(ids: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
     return np.split(ids, np.cumsum(lengths)[:-1])
 
 
-def make_encoder(path: str | Path, wanted: str = "auto") -> tuple[Encoder, str]:
+def make_encoder(path: str | Path, wanted: str = "auto", compare: bool = True) -> tuple[Encoder, str]:
     """The encoder for a model and a sentence that says which one it is and why.
 
-    wanted: one of ``ENCODERS``. ValueError where gigatoken is asked for and cannot be used.
+    wanted: one of ``ENCODERS``.  compare: with sentencepiece on difficult strings; without, another process has done it.
+    ValueError where gigatoken is asked for and cannot be used.
     """
     processor = load_tokenizer(path)
     reference = SentencePieceEncoder(processor)
@@ -113,7 +114,8 @@ def make_encoder(path: str | Path, wanted: str = "auto") -> tuple[Encoder, str]:
         special = [processor.id_to_piece(i) for i in range(processor.vocab_size()) if processor.is_control(i) or processor.is_unknown(i)]
         try:
             fast = GigatokenEncoder(Path(path).read_bytes(), reference, special)
-            reason = _difference(fast, reference, [text.encode() for text in [*HARD_STRINGS, *_some_pieces(processor)]])
+            hard = [text.encode() for text in [*HARD_STRINGS, *_some_pieces(processor)]]
+            reason = _difference(fast, reference, hard) if compare else None
         except (ValueError, RuntimeError) as error:
             reason = f"gigatoken cannot load it ({error})"
         if reason is None:

@@ -18,7 +18,7 @@ from data_prep.inputs import Input
 from data_prep.readers import Batch, ReadOptions, SegmentReader
 from data_prep.segments import Segment
 from data_prep.workfolder import WorkFolder
-from swax_megatron.data.writer import ShardWriter, id_dtype
+from swax_megatron.data.writer import ShardWriter, id_dtype, write_synced
 
 SPLITS = ("train", "validation")
 SKIPPED = ("empty", "invalid_utf8", "malformed", "too_short", "too_long", "filtered", "duplicate")
@@ -49,12 +49,12 @@ class Counts:
 
 
 class SegmentEncoder:
-    """Reads, filters, encodes and writes segments, one after another."""
+    """Reads, filters, encodes and writes segments, one after another. The encoder of ``options`` was tried by the caller."""
 
     def __init__(self, options: EncodeOptions, work: WorkFolder) -> None:
         processor = load_tokenizer(options.tokenizer)
         self._options, self._work = options, work
-        self._encoder, self.description = make_encoder(options.tokenizer, options.encoder)
+        self._encoder, _ = make_encoder(options.tokenizer, options.encoder, compare=False)
         self._check = SampleCheck(self._encoder, SentencePieceEncoder(processor), options.check_ids)
         self._eos, self._vocab_size, self._dtype = processor.eos_id(), processor.vocab_size(), id_dtype(processor.vocab_size())
         self._reader = SegmentReader(options.read, self._local)
@@ -94,7 +94,7 @@ class SegmentEncoder:
                     continue
                 record["splits"][split] = {"shards": entries, "text_bytes": writer.text_bytes}
                 if self._options.deduplicate:
-                    np.concatenate(hashes[split]).tofile(folder / split / FINGERPRINTS)
+                    write_synced(folder / split / FINGERPRINTS, np.concatenate(hashes[split]).tobytes())
             return self._work.publish(segment, folder, record)
         finally:
             for writer in writers.values():

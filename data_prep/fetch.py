@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -16,8 +17,8 @@ TRIES = 4
 
 
 def copy_path(item: Input, folder: Path) -> Path:
-    """Where the copy of a remote input lies."""
-    return folder / hashlib.blake2b(item.path.encode(), digest_size=12).hexdigest()
+    """Where the copy of a remote input lies; another place where the input has got another size."""
+    return folder / hashlib.blake2b(f"{item.bytes} {item.path}".encode(), digest_size=12).hexdigest()
 
 
 def local_copy(item: Input, folder: Path) -> Path:
@@ -29,7 +30,7 @@ def local_copy(item: Input, folder: Path) -> Path:
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    aside = path.with_name(f"{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")  # the folder may be shared by hosts
     for attempt in range(1, TRIES + 1):
         try:
             _pipe(item.path.removeprefix("pipe:"), aside) if item.path.startswith("pipe:") else _url(item, aside)

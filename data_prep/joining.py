@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,11 @@ class Group:
     vocab_size: int
 
     @property
+    def documents(self) -> int:
+        """How many the shard will hold."""
+        return sum(piece.entry["documents"] - piece.dropped for piece in self.pieces)
+
+    @property
     def as_it_is(self) -> bool:
         """Whether nothing needs to be written."""
         return len(self.pieces) == 1 and not self.pieces[0].dropped
@@ -101,7 +107,7 @@ def join(group: Group, work: WorkFolder) -> dict[str, Any]:
     final = work.joined / group.name
     if (final / ENTRY).exists():
         return json.loads((final / ENTRY).read_text())
-    aside = work.joined / f"{group.name}.tmp-{os.getpid()}"
+    aside = work.joined / f"{group.name}.tmp-{socket.gethostname()}-{os.getpid()}"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     first = group.pieces[0]

@@ -21,8 +21,8 @@ Job = Segment | Group
 class Worker:
     """Does jobs in this process."""
 
-    def __init__(self, options: EncodeOptions, work: WorkFolder, say: Callable[[str], None]) -> None:
-        self._options, self._work, self._say = options, work, say
+    def __init__(self, options: EncodeOptions, work: WorkFolder) -> None:
+        self._options, self._work = options, work
         self._encoder: SegmentEncoder | None = None
 
     def do(self, job: Job, report: Callable[[Counts], None]) -> dict[str, Any]:
@@ -31,7 +31,6 @@ class Worker:
             return join(job, self._work)
         if self._encoder is None:
             self._encoder = SegmentEncoder(self._options, self._work)
-            self._say(self._encoder.description)
         return self._encoder(job, report)
 
 
@@ -45,13 +44,12 @@ class _Process:
         self.process.start()
         theirs.close()
         self.job: Job | None = None
-        self.task: int | None = None
 
 
 def _serve(pipe: Connection, options: EncodeOptions, work: WorkFolder) -> None:
     """Do what comes through the pipe until the parent closes it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    worker = Worker(options, work, lambda sentence: pipe.send(("say", sentence)))
+    worker = Worker(options, work)
     try:
         while True:
             job = pipe.recv()
@@ -77,9 +75,13 @@ class _OpenTask:
     ended: bool = False
     running: int = 0
 
+    def all_given(self) -> bool:
+        """Whether no segment is left."""
+        return self.ended or not (self.missing or self.further is not None)
+
     def left(self) -> bool:
-        """Whether a worker can be given another segment."""
-        return not self.ended and (bool(self.missing) or self.further is not None) and (self.fetched or not self.started)
+        """Whether a worker can be given another segment now."""
+        return not self.all_given() and (self.fetched or not self.started)
 
     def take(self) -> Segment:
         """The next segment."""
@@ -91,6 +93,31 @@ class _OpenTask:
         return Segment(self.task, index)
 
 
+class _Queue:
+    """Which segment comes next. No call looks at all tasks: there may be hundreds of thousands of files."""
+
+    def __init__(self, tasks: Iterable[_OpenTask]) -> None:
+        self.by_number = {each.task.number: each for each in tasks}
+        self._fresh = deque(self.by_number.values())
+        self._begun: list[_OpenTask] = []
+        self._last: dict[_Process | None, _OpenTask] = {}
+
+    def next(self, process: _Process | None) -> Segment | None:
+        """Go on with the worker's own task; else begin a new one; else help with the first that has segments left."""
+        chosen = self._last.get(process)
+        if chosen is None or not chosen.left():
+            if self._fresh:
+                chosen = self._fresh.popleft()
+                self._begun.append(chosen)
+            else:
+                self._begun = [each for each in self._begun if not each.all_given()]
+                chosen = next((each for each in self._begun if each.left()), None)
+        if chosen is None:
+            return None
+        self._last[process] = chosen
+        return chosen.take()
+
+
 @dataclass
 class Pool:
     """Runs jobs in ``workers`` processes (1: in this one)."""
@@ -98,13 +125,10 @@ class Pool:
     options: EncodeOptions
     work: WorkFolder
     workers: int
-    say: Callable[[str], None]
     _processes: list[_Process] = field(default_factory=list)
     _alone: Worker | None = None
 
     def __enter__(self) -> Pool:
-        if self.workers == 1:
-            self._alone = Worker(self.options, self.work, self.say)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -121,12 +145,12 @@ class Pool:
         Returns how many documents were compared with sentencepiece. The error of the first segment in order is raised, of
         those that were begun.
         """
-        tasks = [
+        queue = _Queue(
             _OpenTask(task, deque(missing), further, fetched=not task.remote or task.segments == 1) for task, missing, further in todo
-        ]
+        )
         checked = 0
-        for job, record in self._run(lambda process: _next_segment(tasks, process), report):
-            state = next(each for each in tasks if each.task is job.task)
+        for job, record in self._run(queue.next, report):
+            state = queue.by_number[job.task.number]
             state.running, state.fetched = state.running - 1, True
             state.ended |= record["end"]
             checked += record["checked"]
@@ -134,14 +158,17 @@ class Pool:
                 self.work.forget(state.task)
         return checked
 
-    def join(self, groups: list[Group]) -> dict[str, dict[str, Any]]:
-        """Write the joined shards; their entries by the groups' names."""
-        left = deque(groups)
-        done = self._run(lambda _: left.popleft() if left else None, lambda _: None)
-        return {job.name: entry for job, entry in done}
+    def join(self, groups: list[Group], report: Callable[[dict[str, Any]], None]) -> dict[str, dict[str, Any]]:
+        """Write the joined shards; their entries by the groups' names. ``report`` is called with each entry."""
+        left, entries = deque(groups), {}
+        for job, entry in self._run(lambda _: left.popleft() if left else None, lambda _: None):
+            entries[job.name] = entry
+            report(entry)
+        return entries
 
     def _run(self, pick: Callable[[_Process | None], Job | None], report: Callable[[Counts], None]) -> Iterator[tuple[Job, dict[str, Any]]]:
-        if self._alone is not None:
+        if self.workers == 1:
+            self._alone = self._alone or Worker(self.options, self.work)
             while (job := pick(None)) is not None:
                 yield job, self._alone.do(job, report)
             return
@@ -164,9 +191,7 @@ class Pool:
                     kind, content = pipe.recv()
                 except (EOFError, ConnectionResetError) as error:
                     raise _died() from error
-                if kind == "say":
-                    self.say(content)
-                elif kind == "counts":
+                if kind == "counts":
                     report(content)
                 else:
                     job, process.job = process.job, None
@@ -190,15 +215,3 @@ class Pool:
 
 def _died() -> ValueError:
     return ValueError("a tokenising process died, most likely killed for memory; try fewer --workers")
-
-
-def _next_segment(tasks: list[_OpenTask], process: _Process | None) -> Segment | None:
-    """Go on with the worker's own task; else begin a new one; else help with the first that has segments left."""
-    own = [each for each in tasks if process is not None and each.task.number == process.task and each.left()]
-    fresh = (each for each in tasks if not each.started and each.left())
-    chosen = own[0] if own else next(fresh, None) or next((each for each in tasks if each.left()), None)
-    if chosen is None:
-        return None
-    if process is not None:
-        process.task = chosen.task.number
-    return chosen.take()

@@ -133,7 +133,8 @@ class SegmentReader:
 
         item, key = segment.task.inputs[0], segment.task.text_key
         try:
-            with pyarrow.parquet.ParquetFile(self._locate(item)) as file:
+            # neither a row group nor a column chunk of it is held whole: both may be as large as the file
+            with pyarrow.parquet.ParquetFile(self._locate(item), pre_buffer=False, buffer_size=BLOCK) as file:
                 _check_column(file.schema_arrow, key, item.path)
                 groups, row, self._end = _row_groups(file.metadata, segment)
                 rows = max(1, file.metadata.num_rows)

@@ -14,13 +14,13 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from data_prep import cli
 from data_prep.assembly import assemble, published
-from data_prep.encoders import ENCODERS, load_tokenizer
+from data_prep.encoders import ENCODERS, load_tokenizer, make_encoder
 from data_prep.encoding import EncodeOptions
 from data_prep.filters import Filter
 from data_prep.inputs import DEFAULT_GLOB, KINDS, Source, read_sources
@@ -45,15 +45,15 @@ def command(args: argparse.Namespace) -> None:
     options.keep.compiled()
     said = _said(args, options, sources)
     out = Path(args.out)
-    work = WorkFolder(out, {**said, "tokenizer": fingerprint(args.tokenizer)})
-    if summary := published(work):
+    work = WorkFolder(out, {**said, "input": args.input, "tokenizer": fingerprint(args.tokenizer)})
+    tasks = plan(sources, args.shard_size, args.segment_bytes)
+    if summary := published(work, tasks):
         print(f"{out}: {summary}")
         return
     if out.exists() and not (args.overwrite or (out.is_dir() and not any(out.iterdir()))):
         raise ValueError(f"{out} exists already; choose another --out or add --overwrite")
     if args.overwrite and out.exists() and not _is_data_set(out):
         raise ValueError(f"{out} exists and is no data set; --overwrite replaces only what this program wrote: choose another --out")
-    tasks = plan(sources, args.shard_size, args.segment_bytes)
     if args.merge:
         if not work.segments.is_dir():
             raise ValueError(f"--merge finds no {work.path}: run every --part first, with the same options")
@@ -68,7 +68,7 @@ def command(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace, work: WorkFolder, tasks: list[Task], sources: list[Source], options: EncodeOptions, said: dict) -> None:
-    with Pool(options, work, args.workers, _say_once()) as pool:
+    with Pool(options, work, args.workers) as pool:
         if not args.merge:
             _encode(args, work, tasks, pool)
         if args.part and not args.merge:
@@ -82,13 +82,14 @@ def _run(args: argparse.Namespace, work: WorkFolder, tasks: list[Task], sources:
 def _encode(args: argparse.Namespace, work: WorkFolder, tasks: list[Task], pool: Pool) -> None:
     """Encode the missing segments of this part."""
     part, parts = args.part or (1, 1)
-    todo, bytes_left = [], 0
+    todo, bytes_left, known = [], 0, True
     for task, indices in share(tasks, part - 1, parts):
         _, missing = work.finished(task)
         if indices is not None:
             missing = [index for index in missing if index in set(indices)]
         if not missing:
             continue
+        known &= all(item.bytes is not None for item in task.inputs)
         if task.segments is None:
             todo.append((task, missing[:-1], missing[-1]))
             bytes_left += task.bytes
@@ -97,7 +98,10 @@ def _encode(args: argparse.Namespace, work: WorkFolder, tasks: list[Task], pool:
             bytes_left += task.bytes * len(missing) // task.segments
     if not todo:
         return
-    progress = cli.Progress("sharding", bytes_left)
+    encoder, sentence = make_encoder(pool.options.tokenizer, pool.options.encoder)
+    print(sentence, file=sys.stderr, flush=True)
+    pool.options = replace(pool.options, encoder=encoder.name)
+    progress = cli.Progress("sharding", bytes_left if known else None)
     checked = pool.encode(todo, lambda counts: progress.add(counts.raw_bytes, counts.text_bytes, counts.documents))
     progress.finish(f"{checked} documents compared with sentencepiece" if checked else "")
 
@@ -110,18 +114,6 @@ def _keep_or_remove(work: WorkFolder) -> None:
         print(f"{segments} finished segments are kept in {work.path}: the same command goes on from there", file=sys.stderr)
     else:
         work.remove_if_empty()
-
-
-def _say_once() -> Any:
-    """A function that prints what every worker says only once."""
-    said: set[str] = set()
-
-    def say(sentence: str) -> None:
-        if sentence not in said:
-            said.add(sentence)
-            print(sentence, file=sys.stderr, flush=True)
-
-    return say
 
 
 def _is_data_set(folder: Path) -> bool:

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +20,47 @@ from swax_megatron.randomness import integer
 
 EPILOG = "example:\n  python data_prep/show.py data/web --samples 3 --characters 400 --png lengths.png"
 _BAR = 50
+_OCTAVES = 40  # lengths up to 2^40
 
 
-def histogram(lengths: np.ndarray) -> str:
+@dataclass(frozen=True)
+class Lengths:
+    """Documents and their tokens by length: ``documents`` and ``tokens`` (K,) int64, of lengths from ``EDGES``[k] up to the next one."""
+
+    documents: np.ndarray
+    tokens: np.ndarray
+
+
+def _edges() -> np.ndarray:
+    """Whole numbers that grow by a 16th of an octave, where that is a token or more; every power of two among them."""
+    return np.unique(np.round(2.0 ** (np.arange(_OCTAVES * 16 + 1) / 16))).astype(np.int64)
+
+
+EDGES = _edges()
+
+
+def lengths_of(dataset: ShardedDataset) -> Lengths:
+    """Added up shard by shard, so that memory does not grow with the number of documents."""
+    documents, tokens = np.zeros(len(EDGES), np.int64), np.zeros(len(EDGES), np.int64)
+    for shard in range(len(dataset.shards)):
+        lengths = dataset.index(shard).lengths
+        bins = np.searchsorted(EDGES, lengths, side="right") - 1
+        np.add.at(documents, bins, 1)
+        np.add.at(tokens, bins, lengths)
+    return Lengths(documents, tokens)
+
+
+def histogram(lengths: Lengths) -> str:
     """Documents and share of the tokens by length, in powers of two."""
-    bins = np.frexp(lengths)[1] - 1
+    powers = np.frexp(EDGES)[1] - 1
+    filled = powers[lengths.documents > 0]
     lines = ["document length (tokens)    documents   % of tokens"]
-    for power in range(int(bins.min()), int(bins.max()) + 1):
-        inside = bins == power
-        share = lengths[inside].sum() / lengths.sum()
+    for power in range(int(filled.min()), int(filled.max()) + 1):
+        inside = powers == power
+        share = lengths.tokens[inside].sum() / lengths.tokens.sum()
         bar = "#" * round(_BAR * share)
-        lines.append(f"{2**power:>10} - {2 ** (power + 1) - 1:<10} {int(inside.sum()):>12} {100 * share:>12.2f}  {bar}".rstrip())
+        documents = int(lengths.documents[inside].sum())
+        lines.append(f"{2**power:>10} - {2 ** (power + 1) - 1:<10} {documents:>12} {100 * share:>12.2f}  {bar}".rstrip())
     return "\n".join(lines)
 
 
@@ -44,23 +75,19 @@ def plot(datasets: Sequence[ShardedDataset], path: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, weigh, title in zip(figure.subplots(2, 1, sharex=True), (False, True), ("documents", "tokens"), strict=True):
         for dataset in datasets:
-            lengths = all_lengths(dataset)
-            edges = np.logspace(0, np.log10(lengths.max() + 1), 80)
-            share = np.full(len(lengths), 1 / len(lengths)) if not weigh else lengths / lengths.sum()
-            axes.hist(lengths, bins=edges, weights=100 * share, histtype="step", label=str(dataset.path))
+            lengths = lengths_of(dataset)
+            counts = lengths.tokens if weigh else lengths.documents
+            last = int(np.flatnonzero(counts)[-1]) + 1
+            octaves = np.diff(np.log2(EDGES[: last + 1]))  # short lengths have wider bins: a token is an octave of its own
+            axes.stairs(100 * counts[:last] / counts.sum() / octaves, EDGES[: last + 1], label=str(dataset.path))
         axes.set_xscale("log")
-        axes.set_ylabel(f"% of {title}")
+        axes.set_ylabel(f"% of {title} in an octave")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     axes.set_xlabel("length of the document in tokens, EOS included")
     aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     figure.savefig(aside, format="png", dpi=120)
     os.replace(aside, path)
-
-
-def all_lengths(dataset: ShardedDataset) -> np.ndarray:
-    """Tokens of every document in stored order: (D,) int64."""
-    return np.concatenate([dataset.index(number).lengths for number in range(len(dataset.shards))])
 
 
 def describe(dataset: ShardedDataset, samples: int, characters: int, seed: int, entropy: bool) -> None:
@@ -77,7 +104,7 @@ def describe(dataset: ShardedDataset, samples: int, characters: int, seed: int, 
     print(f"tokenizer {dataset.tokenizer_sha256[:12]}, {dataset.vocab_size} ids; skipped: {skipped or 'none'}")
     if entropy:
         print(f"unigram entropy {unigram_entropy(dataset):.4f} nats a token")
-    print(histogram(all_lengths(dataset)))
+    print(histogram(lengths_of(dataset)))
     ends = np.cumsum(dataset.shard_documents)
     for sample in range(samples):
         number = integer("show", seed, sample) % dataset.documents

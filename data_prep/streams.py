@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 BLOCK = 1 << 20
+_WINDOW = 1 << 31  # the largest there is (zstd --long=31); such a file takes that much memory
 
 
 class ByteStream:
@@ -79,7 +80,7 @@ def _zstd(name: str, file: BinaryIO) -> Iterator[bytes]:
     """Frame by frame: the library's stream reader does not notice a file that was cut short."""
     import zstandard
 
-    decoder, data = zstandard.ZstdDecompressor().decompressobj(), b""
+    decoder, data = zstandard.ZstdDecompressor(max_window_size=_WINDOW).decompressobj(), b""
     inside = False
     try:
         while data := data or file.read(BLOCK // 32):
@@ -89,7 +90,7 @@ def _zstd(name: str, file: BinaryIO) -> Iterator[bytes]:
             data = b""
             if decoder.eof:
                 data, inside = decoder.unused_data, False
-                decoder = zstandard.ZstdDecompressor().decompressobj()
+                decoder = zstandard.ZstdDecompressor(max_window_size=_WINDOW).decompressobj()
     except zstandard.ZstdError as error:
         raise ValueError(f"{name} is damaged ({error}): copy it again") from error
     if inside:

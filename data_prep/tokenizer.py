@@ -9,6 +9,7 @@ import io
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -61,8 +62,10 @@ def sample(sources: Sequence[Source], options: ReadOptions, limit: int, spool: P
     Each comes with the number of its source. Memory: a few times ``limit``, whatever the size of the corpus.
     """
     tasks = plan(sources, _SEGMENT, _SEGMENT)
-    progress = cli.Progress("reading", sum(task.bytes for task in tasks))
+    known = all(item.bytes is not None for task in tasks for item in task.inputs)
+    progress = cli.Progress("reading", sum(task.bytes for task in tasks) if known else None)
     kept: list[tuple[int, int, str, int, int]] = []
+    skipped: Counter[str] = Counter()
     total = number = 0
     for source, batch in batches(sources, options, spool):
         for data in batch.texts:
@@ -73,8 +76,9 @@ def sample(sources: Sequence[Source], options: ReadOptions, limit: int, spool: P
                 heapq.heappush(kept, (-key, number, piece, size, source))
                 while total > limit and len(kept) > 1:
                     total -= heapq.heappop(kept)[3]
+        skipped.update(batch.skipped)
         progress.add(batch.raw_bytes, batch.size, len(batch.texts))
-    progress.finish()
+    progress.finish(f"skipped {', '.join(f'{n} {reason}'.replace('_', ' ') for reason, n in sorted(skipped.items()))}" if skipped else "")
     if not kept:
         raise ValueError("the input holds no text: there is nothing to train a tokenizer on")
     return [(source, piece) for _, _, piece, _, source in sorted(kept, reverse=True)]

@@ -35,15 +35,17 @@ def data_sets(folder: str | Path) -> list[Path]:
 def faults(folder: Path, progress: cli.Progress | None = None) -> Iterator[str]:
     """Each fault of one data set, as a sentence."""
     try:
-        dataset = ShardedDataset(folder)
+        dataset = ShardedDataset(folder, "size", damaged="skip")
     except ValueError as error:
         yield str(error)
         return
     processor = load_tokenizer(dataset.tokenizer_path)
     if (processor.vocab_size(), processor.eos_id()) != (dataset.vocab_size, dataset.eos_id):
         yield f"{dataset.tokenizer_path}: vocabulary or EOS id is not the manifest's"
-    totals = dataset.manifest["totals"]
-    if (totals["documents"], totals["tokens"], totals["shards"]) != (dataset.documents, dataset.tokens, len(dataset.shards)):
+    yield from dataset.skipped.values()
+    totals, entries = dataset.manifest["totals"], dataset.manifest["shards"]
+    sums = {key: sum(entry[key] for entry in entries) for key in ("documents", "tokens", "bytes")} | {"shards": len(entries)}
+    if any(totals[key] != value for key, value in sums.items()):
         yield f"{folder / MANIFEST}: totals are not the sums over the shards"
     for number, (tar, index) in enumerate(dataset.files):
         entry = dataset.shards[number]

@@ -25,11 +25,11 @@ _COMMAND = "command.json"
 
 
 class WorkFolder:
-    """The work folder beside ``out`` for one set of content-deciding ``options`` (JSON)."""
+    """The work folder beside ``out`` for one set of content-deciding ``options`` (JSON), of which ``command`` is the text."""
 
     def __init__(self, out: Path, options: dict[str, Any]) -> None:
         self.out, self.path = out, out.with_name(f"{out.name}.work")
-        self._text = json.dumps(options, sort_keys=True)
+        self.command = json.dumps(options, sort_keys=True)
         self.segments, self.spool, self.joined = self.path / "segments", self.path / "spool", self.path / "joined"
         self._known: dict[int, list[int]] = {}
 
@@ -39,10 +39,10 @@ class WorkFolder:
         command = self.path / _COMMAND
         if not command.exists():
             aside = command.with_name(f"{_COMMAND}.tmp-{_owner()}")
-            write_synced(aside, self._text.encode())
+            write_synced(aside, self.command.encode())
             os.replace(aside, command)
-        if (before := command.read_text()) != self._text:
-            then, now = json.loads(before), json.loads(self._text)
+        if (before := command.read_text()) != self.command:
+            then, now = json.loads(before), json.loads(self.command)
             changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
             raise ValueError(
                 f"{self.path} holds the unfinished work of a command with other options ({', '.join(changed)}): "

@@ -33,4 +33,4 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     [ "$SLURM_ARRAY_TASK_ID" -ge 1 ] && [ "$SLURM_ARRAY_TASK_ID" -le "$parts" ] || die "part $SLURM_ARRAY_TASK_ID of $parts: use --array=1-$parts"
     arguments+=(--part "$SLURM_ARRAY_TASK_ID/$parts")
 fi
-run_one data_prep/shard.py "${arguments[@]}" --workers "${SLURM_CPUS_PER_TASK:-4}"
+run_one data_prep/shard.py --workers "${SLURM_CPUS_PER_TASK:-4}" "${arguments[@]}"

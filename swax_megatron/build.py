@@ -20,7 +20,7 @@ from swax_megatron.parallel.groups import Groups
 from swax_megatron.resilience.events import Events
 from swax_megatron.resilience.stop import StopRequest
 from swax_megatron.schema import Config
-from swax_megatron.sources import build_mixture
+from swax_megatron.sources import build_mixture, fit_cache
 from swax_megatron.trainer import Trainer
 
 
@@ -40,7 +40,9 @@ def build_trainer(
     if config.monitor.memory_interval:
         metrics.insert(0, Memory())
     if config.validation.interval:
-        metrics.insert(0, Validation(build_mixture(config, config.data.validation, "validation", config.validation.seed, tokenizer)))
+        held_out = build_mixture(config, config.data.validation, "validation", config.validation.seed, tokenizer)
+        fit_cache(config, [*data.streams, *held_out.streams])
+        metrics.insert(0, Validation(held_out))
     callbacks = [*metrics, checkpoints, Watch()]
     if config.resilience.fault != "none":
         callbacks.append(Fault())

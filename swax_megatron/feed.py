@@ -43,8 +43,11 @@ class Feed:
         return [self._to_device(batch) for batch, _ in loaded], after, self._count(step, sum(tokens for _, tokens in loaded))
 
     def read(self, plan: Plan, data: Mixture) -> list[Batch]:
-        """This rank's microbatches of a plan, read now."""
-        return [self._to_device(self._pack(piece, data)[0]) for piece in self._pieces(plan)]
+        """This rank's microbatches of a plan, read now; RunError as ``take``."""
+        try:
+            return [self._to_device(self._pack(piece, data)[0]) for piece in self._pieces(plan)]
+        except (OSError, ValueError) as error:
+            raise RunError(f"data cannot be read ({error}); mend that and start the run again") from error
 
     def close(self) -> None:
         """Stop reading ahead."""

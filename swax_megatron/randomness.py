@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -60,15 +61,30 @@ class Permutation:
             raise ValueError(f"a permutation needs n >= 1, got {n}")
         self.n = n
         half = max(1, ((n - 1).bit_length() + 1) // 2)
-        self._half = np.uint64(half)
-        self._low = np.uint64((1 << half) - 1)
+        self._half, self._low = half, (1 << half) - 1
         self._keys = [np.uint64(integer(purpose, seed, *counters, r)) for r in range(_ROUNDS)]
 
     def _walk(self, x: np.ndarray) -> np.ndarray:
-        left, right = x >> self._half, x & self._low
+        half, low = np.uint64(self._half), np.uint64(self._low)
+        left, right = x >> half, x & low
         for key in self._keys:
-            left, right = right, left ^ (_mix(right ^ key) & self._low)
-        return (left << self._half) | right
+            left, right = right, left ^ (_mix(right ^ key) & low)
+        return (left << half) | right
+
+    def _tables(self) -> list[np.ndarray]:
+        """The round function of every round at every right half: (2^half,) each."""
+        right = np.arange(self._low + 1, dtype=np.uint64)
+        return [(_mix(right ^ key) & np.uint64(self._low)).astype(np.intp) for key in self._keys]
+
+    def _walk_tables(self, x: np.ndarray, tables: list[np.ndarray]) -> np.ndarray:
+        left, right, spare = x >> self._half, x & self._low, np.empty_like(x)
+        for table in tables:
+            np.take(table, right, out=spare, mode="clip")  # in range anyhow; "clip" writes to out without a buffer
+            spare ^= left
+            left, right, spare = right, spare, left
+        left <<= self._half
+        left |= right
+        return left
 
     def __call__(self, index: int | np.ndarray) -> int | np.ndarray:
         """The image of ``index`` (an int, or an integer array of any shape)."""
@@ -76,13 +92,21 @@ class Permutation:
         if x.size and (int(x.min()) < 0 or int(x.max()) >= self.n):
             raise IndexError(f"index outside range({self.n})")
         with np.errstate(over="ignore"):
-            y = self._walk(np.atleast_1d(x).astype(np.uint64))
-            outside = y >= self.n
-            while outside.any():
-                y[outside] = self._walk(y[outside])
-                outside = y >= self.n
-        y = y.astype(np.int64)
-        return int(y[0]) if x.ndim == 0 else y.reshape(x.shape)
+            if x.ndim and 2 * x.size > self._low:  # many values share a round function's few arguments
+                tables = self._tables()
+                y = self._inside(x.astype(np.intp).ravel(), lambda some: self._walk_tables(some, tables))
+            else:
+                y = self._inside(x.astype(np.uint64).ravel(), self._walk)
+        return int(y[0]) if x.ndim == 0 else y.astype(np.int64, copy=False).reshape(x.shape)
+
+    def _inside(self, x: np.ndarray, walk: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """Walk every value until it lies in range(n)."""
+        y = walk(x)
+        outside = np.flatnonzero(y >= self.n)
+        while outside.size:
+            y[outside] = again = walk(y[outside])
+            outside = outside[again >= self.n]
+        return y
 
 
 def normal(start: int, stop: int, purpose: str, seed: int) -> np.ndarray:

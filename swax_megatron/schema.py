@@ -76,6 +76,7 @@ class SourceConfig:
     path: str = _f("", "folder that holds manifest.json and the shards; or a URL (s3://, https://, ...), or pipe:COMMAND with {file}")
     weight: float = _f(1.0, "share of the sequences drawn from this source")
     name: str | None = _f(None, "name in logs and checkpoints; null: the folder's name")
+    skip_shards: list[str] = _f([], "shards to leave out, such as shard-000007.tar, because they are damaged; part of the data's order")
 
 
 @dataclass
@@ -99,7 +100,11 @@ class DataConfig:
     )
     curriculum: list[CurriculumConfig] = _f([], "weights of the training sources that change at a step")
     shuffle_tokens: int = _f(2**31, "rows are shuffled inside blocks of this many tokens; for remote data a few shards' worth")
-    verify: Literal["size", "sha256"] = _f("size", "how shards are checked when they are opened")
+    verify: Literal["size", "use", "sha256"] = _f(
+        "use",
+        "checks of local shards: size: sizes and index headers at opening; use: and a shard's sha256 when it is first read; "
+        "sha256: of all shards at opening",
+    )
     damaged: Literal["stop", "skip"] = _f("stop", "a damaged or missing training shard found at opening: stop, or leave it out and say so")
     workers: int = _f(2, "threads that read ahead; 0: read between the steps")
     prefetch: int = _f(2, "steps that are read ahead")

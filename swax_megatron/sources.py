@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from swax_megatron.data.cache import FileCache
 from swax_megatron.data.mixture import Mixture
-from swax_megatron.data.rows import BestFitStream, open_stream
+from swax_megatron.data.rows import BestFitStream, Team, open_stream
 from swax_megatron.data.shards import ShardedDataset
 from swax_megatron.data.storage import is_remote
 from swax_megatron.data.stream import SequenceStream
@@ -35,29 +36,39 @@ def build_mixture(config: Config, sources: list[SourceConfig], purpose: str, see
             dataset.check_tokenizer(vocab_size=config.model.vocab_size, sha256=tokenizer)
         except ValueError as error:
             raise ValueError(f"data.{purpose} source {source.name!r}: {error}") from error
-        streams.append(open_stream(dataset, data.sequence_length, seed, data.packing, data.shuffle_tokens, folder / "tables"))
+        streams.append(open_stream(dataset, data.sequence_length, seed, data.packing, data.shuffle_tokens, folder / "tables", _team()))
         _tell(source, streams[-1])
     if cache is not None:
-        _fit_cache(config, streams)
+        fit_cache(config, streams)
     weights, names = [source.weight for source in sources], [source.name for source in sources]
     changes = data.curriculum if purpose == "train" else []
     return Mixture(streams, weights, names, seed, [(change.step, [change.weights[name] for name in names]) for change in changes])
 
 
 def _open(config: Config, source: SourceConfig, purpose: str, cache: FileCache | None) -> ShardedDataset:
-    data = config.data
+    data, named = config.data, {name: "named in skip_shards" for name in source.skip_shards}
     if data.damaged == "stop" or purpose != "train":
-        return ShardedDataset(source.path, data.verify, cache=cache, retries=data.retries)
+        return ShardedDataset(source.path, data.verify, cache=cache, retries=data.retries, skip=named)
     # every node looks at its files once, and a shard that is damaged on one of them is left out on all
     hashes = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    dataset = ShardedDataset(source.path, data.verify if hashes else "size", damaged="skip")
+    verify = "size" if data.verify == "sha256" and not hashes else data.verify
+    dataset = ShardedDataset(source.path, verify, damaged="skip", skip=named)
     if dist.is_initialized():
-        found: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(found, dataset.skipped)
-        every = {name: fault for faults in found for name, fault in faults.items()}
+        every = {name: fault for faults in _gather(dataset.skipped) for name, fault in faults.items()}
         if set(every) != set(dataset.skipped):
             dataset = dataset.without(every)
     return dataset
+
+
+def _team() -> Team:
+    """All ranks, which open every data set together."""
+    return Team(dist.get_rank(), dist.get_world_size(), _gather) if dist.is_initialized() else Team()
+
+
+def _gather(mine: Any) -> list[Any]:
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
 
 
 def _tell(source: SourceConfig, stream: SequenceStream) -> None:
@@ -82,8 +93,11 @@ def _tell(source: SourceConfig, stream: SequenceStream) -> None:
             )
 
 
-def _fit_cache(config: Config, streams: list[SequenceStream]) -> None:
-    """Refuse a cache that cannot hold one shuffle block of every remote source; fetch the next block ahead where two fit."""
+def fit_cache(config: Config, streams: list[SequenceStream]) -> None:
+    """Refuse a cache that cannot hold one shuffle block of every remote source; fetch the next block ahead where two fit.
+
+    streams: of all sources that are read in turn, training and validation.
+    """
     remote = [stream for stream in streams if stream.dataset.storage.remote]
     block = sum(stream.block_bytes() for stream in remote)
     limit = config.data.cache_gib * 2**30

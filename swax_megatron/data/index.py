@@ -9,6 +9,7 @@ One flat array of little-endian uint64 words, so that ``numpy.memmap(path, "<u8"
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,14 +69,27 @@ def encode_index(header: IndexHeader, members: np.ndarray, starts: np.ndarray) -
     return words.tobytes()
 
 
-def read_header(path: Path) -> IndexHeader:
-    """The header of an index; ValueError where the file is none, newer than this program, or of the wrong length."""
+def read_header(path: str | Path, stated: int | None = None) -> IndexHeader:
+    """The header of an index; ValueError where the file is none, newer than this program, or of the wrong length.
+
+    stated: its size in bytes according to the manifest. One file is opened and 64 bytes are read, nothing ahead of them: a
+    data set has thousands of indices, and network file systems are slow.
+    """
     try:
-        words = np.fromfile(path, "<u8", count=HEADER_WORDS)
-        size = path.stat().st_size
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            size = os.fstat(descriptor).st_size
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            raw = os.pread(descriptor, 8 * HEADER_WORDS, 0)
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError:
+        raise ValueError(f"shard file {path} is missing; copy the data set again") from None
     except OSError as error:
         raise ValueError(f"index {path} cannot be read: {error.strerror}; copy the data set again") from error
-    return _header(words, size, str(path))
+    if stated is not None and size != stated:
+        raise ValueError(f"{path} has {size} bytes where the manifest states {stated}; copy the data set again")
+    return _header(np.frombuffer(raw[: len(raw) // 8 * 8], "<u8"), size, str(path))
 
 
 def read_index(path: Path) -> ShardIndex:

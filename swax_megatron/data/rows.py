@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,11 +40,35 @@ class PackingStatistics:
     documents_left_out: int  # of a single id: nothing to predict
 
 
+@dataclass(frozen=True)
+class Team:
+    """Processes that open the same data set at the same time and count its rows together.
+
+    gather: called by all of them, gives each what every one of them passed, in their order.
+    """
+
+    rank: int = 0
+    size: int = 1
+    gather: Callable[[Any], list[Any]] = lambda mine: [mine]
+
+    def share(self, make: Callable[[], Any]) -> list[Any]:
+        """What ``make`` gives each of them. Where it fails in one, all raise that error: none waits for it for ever."""
+        try:
+            mine = make()
+        except (OSError, ValueError) as error:
+            mine = error
+        found = self.gather(mine)
+        for each in found:
+            if isinstance(each, Exception):
+                raise each
+        return found
+
+
 class BestFitStream(SequenceStream):
     """``stream[i]`` as of ``SequenceStream``, in rows of whole documents.
 
     tables: a folder where the counts of rows are kept between runs; None counts them at every opening (about a minute and a
-    processor core for 20 billion tokens).
+    processor core for 20 billion tokens).  team: who shares the counting; all of it must make this stream.
     """
 
     packing = "best_fit"
@@ -53,19 +80,26 @@ class BestFitStream(SequenceStream):
         seed: int,
         shuffle_tokens: int = SHUFFLE_TOKENS,
         tables: str | Path | None = None,
+        team: Team = Team(),  # noqa: B008 - immutable
     ) -> None:
-        self._tables_folder = None if tables is None else Path(tables)
+        self._tables_folder, self._team = None if tables is None else Path(tables), team
         self._pad = 1 if dataset.eos_id == 0 else 0
         super().__init__(dataset, sequence_length, seed, shuffle_tokens)
 
     def reopened(self, dataset: ShardedDataset) -> SequenceStream:
-        stream = BestFitStream(dataset, self.sequence_length, self.seed, self.shuffle_tokens, self._tables_folder)
+        stream = BestFitStream(dataset, self.sequence_length, self.seed, self.shuffle_tokens, self._tables_folder, self._team)
         stream.look_ahead = self.look_ahead
         return stream
 
     def _measure(self) -> tuple[np.ndarray, int]:
-        table = self._load()
-        if table is None:
+        table: np.ndarray | None = None
+
+        def load() -> bool:
+            nonlocal table
+            table = self._load()
+            return table is not None
+
+        if not all(self._team.share(load)):  # on another host it may be missing
             table = self._count_all()
             self._save(table)
         shards = len(self.dataset.shards)
@@ -84,21 +118,23 @@ class BestFitStream(SequenceStream):
 
     def _count_all(self) -> np.ndarray:
         """[version, shards, ids in rows, documents cut, documents left out, blocks of each shard, rows of each block]."""
-        length = self.sequence_length
-        blocks, rows = [], []
-        filled = cut = left_out = 0
-        self.dataset.fetch_ahead(range(len(self.dataset.shards)), indices_only=True)
-        for shard in range(len(self.dataset.shards)):
-            index = self.dataset.index(shard)
-            firsts = block_starts(index, length)
-            lengths = index.lengths
-            blocks.append(len(firsts) - 1)
-            rows += [count_rows(lengths[a:b], length) for a, b in zip(firsts, firsts[1:], strict=False)]
-            targets = lengths - 1  # every id but the first is one; a piece holds one id more than it has targets
-            filled += int((targets + -(-targets // length)).sum())
-            cut += int((targets > length).sum())
-            left_out += int((targets == 0).sum())
-        return np.array([_VERSION, len(blocks), filled, cut, left_out, *blocks, *rows], np.int64)
+        shards, team = len(self.dataset.shards), self._team
+        mine = range(team.rank, shards, team.size)
+        self.dataset.fetch_ahead(mine, indices_only=True)
+        parts = team.share(lambda: [self._count_shard(shard) for shard in mine])
+        counts = [parts[shard % team.size][shard // team.size] for shard in range(shards)]
+        filled, cut, left_out = (sum(count[k] for count in counts) for k in range(3))
+        blocks, rows = [len(count[3]) for count in counts], [row for count in counts for row in count[3]]
+        return np.array([_VERSION, shards, filled, cut, left_out, *blocks, *rows], np.int64)
+
+    def _count_shard(self, shard: int) -> tuple[int, int, int, list[int]]:
+        """Ids in rows, documents cut, documents left out, rows of each block."""
+        index, length = self.dataset.index(shard), self.sequence_length
+        firsts, lengths = block_starts(index, length), index.lengths
+        rows = [count_rows(lengths[a:b], length) for a, b in zip(firsts, firsts[1:], strict=False)]
+        targets = lengths - 1  # every id but the first is one; a piece holds one id more than it has targets
+        filled = int((targets + -(-targets // length)).sum())
+        return filled, int((targets > length).sum()), int((targets == 0).sum()), rows
 
     def _file(self) -> Path | None:
         """Named after everything that decides the counts."""
@@ -124,7 +160,7 @@ class BestFitStream(SequenceStream):
         if file is None:
             return
         file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_suffix(f".tmp-{os.getpid()}")
+        aside = file.with_suffix(f".tmp-{socket.gethostname()}-{os.getpid()}")  # the folder may be shared by hosts
         with open(aside, "wb") as target:
             np.save(target, table)
             target.flush()
@@ -182,9 +218,15 @@ def block_starts(index: ShardIndex, sequence_length: int) -> list[int]:
 
 
 def open_stream(
-    dataset: ShardedDataset, sequence_length: int, seed: int, packing: str, shuffle_tokens: int, tables: str | Path | None = None
+    dataset: ShardedDataset,
+    sequence_length: int,
+    seed: int,
+    packing: str,
+    shuffle_tokens: int,
+    tables: str | Path | None = None,
+    team: Team = Team(),  # noqa: B008 - immutable
 ) -> SequenceStream:
-    """The stream of that kind of packing, "concatenate" or "best_fit"."""
+    """The stream of that kind of packing, "concatenate" or "best_fit"; ``tables`` and ``team`` as of ``BestFitStream``."""
     if packing == "best_fit":
-        return BestFitStream(dataset, sequence_length, seed, shuffle_tokens, tables)
+        return BestFitStream(dataset, sequence_length, seed, shuffle_tokens, tables, team)
     return SequenceStream(dataset, sequence_length, seed, shuffle_tokens)

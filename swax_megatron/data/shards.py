@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -35,9 +36,9 @@ class ShardedDataset:
     """A data set written by data_prep/shard.py. Safe for several threads.
 
     path: the folder that holds manifest.json; or a URL or ``pipe:`` command, as ``swax_megatron.data.storage`` says.
-    verify: "size" compares the size of every file with the manifest and every index header with its shard; "sha256"
-        also hashes every file (minutes for a large corpus: do it once a node, not once a rank). Files of a remote data set
-        are hashed when they are fetched, always.
+    verify: "size" compares the size of every file with the manifest and every index header with its shard; "use" does so, and
+        hashes a file when it is opened for the first time to be read; "sha256" hashes every file now (minutes for a large corpus:
+        do it once a node, not once a rank). Files of a remote data set are hashed when they are fetched, always.
     max_open_shards: tars kept open at once, a file descriptor each.
     cache, retries: where files of a remote data set are kept (needed for one), and how often a failed fetch is tried again.
     damaged: "stop" raises ValueError for the first damaged or missing shard; "skip" leaves such shards out, and ``skipped``
@@ -50,7 +51,7 @@ class ShardedDataset:
     def __init__(
         self,
         path: str | Path,
-        verify: str = "size",
+        verify: str = "use",
         max_open_shards: int = 128,
         *,
         cache: FileCache | None = None,
@@ -58,16 +59,16 @@ class ShardedDataset:
         damaged: str = "stop",
         skip: Collection[str] = (),
     ) -> None:
-        if verify not in ("size", "sha256"):
-            raise ValueError(f"verify={verify!r}: must be 'size' or 'sha256'")
+        if verify not in ("size", "use", "sha256"):
+            raise ValueError(f"verify={verify!r}: must be 'size', 'use' or 'sha256'")
         if damaged not in ("stop", "skip"):
             raise ValueError(f"damaged={damaged!r}: must be 'stop' or 'skip'")
-        self.storage = self._open_storage(str(path), cache, retries)
+        self.storage = self._open_storage(str(path), verify == "use", cache, retries)
         self.path = path if self.storage.remote else Path(path)
         if damaged == "skip" and self.storage.remote:
             raise ValueError(
                 f"damaged='skip' with the remote data set {path}: which shards are damaged must be known before the first is read; "
-                "copy the data set to a disk, or keep damaged='stop'"
+                "name damaged ones in the source's skip_shards, copy the data set to a disk, or keep damaged='stop'"
             )
         self.manifest, self.fingerprint = _read_manifest(self.storage, str(path))
         self.skipped: dict[str, str] = {}
@@ -88,9 +89,9 @@ class ShardedDataset:
         self._leave_out(found)
 
     @staticmethod
-    def _open_storage(path: str, cache: FileCache | None, retries: int) -> LocalFolder | RemoteFolder:
+    def _open_storage(path: str, hashed: bool, cache: FileCache | None, retries: int) -> LocalFolder | RemoteFolder:
         if not is_remote(path):
-            return LocalFolder(path)
+            return LocalFolder(path, hashed)
         if cache is None:
             raise ValueError(f"the remote data set {path} needs a cache folder: set data.cache")
         return RemoteFolder(path, cache, retries)
@@ -141,7 +142,7 @@ class ShardedDataset:
         """The same data set with these shards left out as well, and no other ones."""
         if self.storage.remote:
             return ShardedDataset(self.path, cache=self.storage.cache, retries=self.storage.retries, skip=names)
-        return ShardedDataset(self.path, max_open_shards=self._max_open, skip=names)
+        return ShardedDataset(self.path, "use" if self.storage.hashed else "size", self._max_open, skip=names)
 
     @property
     def files(self) -> list[tuple[Path, Path]]:
@@ -181,19 +182,22 @@ class ShardedDataset:
 
     def _fault(self, entry: dict[str, Any], verify: str) -> str | None:
         """What is wrong with the two files of a shard, as a sentence."""
-        tar, index = Path(self.path) / entry["file"], Path(self.path) / entry["index"]
-        for file, size in ((tar, entry["bytes"]), (index, entry["index_bytes"])):
-            if not file.is_file():
-                return f"shard file {file} is missing; copy the data set again"
-            if file.stat().st_size != size:
-                return f"{file} has {file.stat().st_size} bytes where the manifest states {size}; copy the data set again"
+        tar, index = os.path.join(self.path, entry["file"]), os.path.join(self.path, entry["index"])
         try:
-            header = read_header(index)
+            size = os.stat(tar).st_size
+        except FileNotFoundError:
+            return f"shard file {tar} is missing; copy the data set again"
+        except OSError as error:
+            return f"{tar} cannot be read ({error.strerror}); copy the data set again"
+        if size != entry["bytes"]:
+            return f"{tar} has {size} bytes where the manifest states {entry['bytes']}; copy the data set again"
+        try:
+            header = read_header(index, entry["index_bytes"])
         except ValueError as error:
             return str(error)
         stated = (entry["documents"], entry["tokens"], entry["bytes"], self.dtype.itemsize, self.has_mask)
         if (header.documents, header.tokens, header.tar_bytes, header.item_size, header.has_mask) != stated:
-            return f"index {index} does not belong to {tar.name} as the manifest states it; copy the data set again"
+            return f"index {index} does not belong to {entry['file']} as the manifest states it; copy the data set again"
         if verify == "sha256":
             for file, digest in ((tar, entry["sha256"]), (index, entry["index_sha256"])):
                 try:

@@ -12,6 +12,7 @@ A URL or a command comes from the user's own configuration; a manifest may only 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -20,7 +21,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -62,35 +63,57 @@ class Reader:
     """An open file, read at any position by any thread; closed when nobody refers to it any more."""
 
     def __init__(self, descriptor: int, name: str) -> None:
-        self._descriptor, self._name = descriptor, name
+        self._descriptor, self.name = descriptor, name
+
+    def sha256(self) -> str:
+        """sha256 of the file, in hexadecimal; OSError with its name where it cannot be read."""
+        digest, at = hashlib.sha256(), 0
+        try:
+            while block := os.pread(self._descriptor, 1 << 22, at):
+                digest.update(block)
+                at += len(block)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.name) from error
+        return digest.hexdigest()
 
     def read_into(self, offset: int, target: np.ndarray) -> None:
-        """Fill the contiguous array ``target`` with the bytes from ``offset`` on; ValueError where the file ends before."""
-        done = os.preadv(self._descriptor, [target], offset)
-        while done < target.nbytes:
-            more = os.preadv(self._descriptor, [target.view(np.uint8)[done:]], offset + done)
-            if not more:
-                raise ValueError(f"{self._name} ends at byte {offset + done}, before its index says; copy the data set again")
-            done += more
+        """Fill the contiguous array ``target`` with the bytes from ``offset`` on.
+
+        ValueError where the file ends before, OSError with its name where it cannot be read.
+        """
+        try:
+            done = os.preadv(self._descriptor, [target], offset)
+            while done < target.nbytes:
+                more = os.preadv(self._descriptor, [target.view(np.uint8)[done:]], offset + done)
+                if not more:
+                    raise ValueError(f"{self.name} ends at byte {offset + done}, before its index says; copy the data set again")
+                done += more
+        except OSError as error:  # of an open file it does not say which
+            raise OSError(error.errno, error.strerror, self.name) from error
 
     def __del__(self) -> None:
         os.close(self._descriptor)
 
 
 class LocalFolder:
-    """Files that are read where they lie."""
+    """Files that are read where they lie.
+
+    hashed: compare the sha256 of a file with the manifest's when it is opened for the first time.
+    """
 
     remote = False
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, hashed: bool = False) -> None:
+        self.path, self.hashed = Path(path), hashed
+        self._checks: dict[str, Future[None]] = {}
+        self._lock = threading.Lock()
 
     def read(self, name: str) -> bytes:
         """A small file, whole; OSError where it cannot be read."""
         return (self.path / name).read_bytes()
 
     def open(self, name: str, size: int, sha256: str) -> Reader:
-        """A file, for reading; ValueError where it is missing or has another size."""
+        """A file, for reading; ValueError where it is missing, or has another size or (see ``hashed``) another content."""
         path = self.path / name
         try:
             reader = Reader(os.open(path, os.O_RDONLY), str(path))
@@ -98,7 +121,23 @@ class LocalFolder:
             raise ValueError(f"shard file {path} is missing; copy the data set again") from None
         if (found := path.stat().st_size) != size:
             raise ValueError(f"{path} has {found} bytes where the manifest states {size}; copy the data set again")
+        if self.hashed:
+            self._check(reader, name, sha256)
         return reader
+
+    def _check(self, reader: Reader, name: str, sha256: str) -> None:
+        """Hash a file once; whoever comes in the meantime waits for the outcome."""
+        with self._lock:
+            mine = name not in self._checks
+            check = self._checks.setdefault(name, Future())
+        if mine:
+            try:
+                if reader.sha256() != sha256:
+                    raise ValueError(f"{reader.name} is damaged: its sha256 is not the manifest's; copy the data set again")
+                check.set_result(None)
+            except (OSError, ValueError) as error:
+                check.set_exception(error)
+        check.result()
 
     def fetch_ahead(self, files: Iterable[tuple[str, int, str]]) -> None:
         """Nothing to do: the operating system reads ahead."""
@@ -174,6 +213,7 @@ class RemoteFolder:
             except CacheError:
                 raise
             except Exception as error:  # the file systems behind fsspec raise errors of their own kinds
+                _refuse_full_disk(error)
                 if attempt == self.retries:
                     kind = ValueError if isinstance(error, ValueError) else RemoteError
                     tries = f"{attempt + 1} tries" if attempt else "one try"
@@ -182,6 +222,15 @@ class RemoteFolder:
                 _log.warning("%s/%s: %s: %s; trying again", self.url, name, type(error).__name__, error)
                 time.sleep(min(_LONGEST_PAUSE, self._pause * 2**attempt))
         raise AssertionError("the last attempt returns or raises")
+
+
+def _refuse_full_disk(error: Exception) -> None:
+    """A full disk here is no fault of the remote's, and no further try mends it: CacheError."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise CacheError(
+            f"the disk that fetched files are written to is full or a limit is reached ({error}): make room, lower data.cache_gib, "
+            "or name another data.cache"
+        ) from error
 
 
 def _file_system(url: str) -> tuple[Callable[[str, Path], None], Any]:
@@ -221,6 +270,8 @@ def _command(url: str) -> tuple[Callable[[str, Path], None], Any]:
                 raise RemoteError(f"{command!r} ran for more than {_COMMAND_SECONDS} s") from None
         if done.returncode:
             last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+            if os.strerror(errno.ENOSPC) in last:
+                raise OSError(errno.ENOSPC, last)
             raise RemoteError(f"{command!r} ended with status {done.returncode}: {last}")
 
     return get, ()

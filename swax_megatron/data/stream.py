@@ -24,7 +24,7 @@ from swax_megatron.data.shards import ShardedDataset
 from swax_megatron.randomness import Permutation
 
 SHUFFLE_TOKENS = 1 << 31
-_CACHED_DOCUMENTS = 1 << 24  # 8 to 12 bytes each
+_CACHED_DOCUMENTS = 1 << 24  # 8 to 12 bytes each; more where a shuffle block holds more: every row of it looks into all its tables
 _INDEX_CHUNK = 1024
 
 
@@ -63,6 +63,8 @@ class SequenceStream:
         self._cached = 0
         self._shard_units, self._row_units = self._measure()
         self.per_epoch = self._count()
+        self._shards(0)  # the first epoch's order of shards, so that the first position is found as fast as any
+        self._most_cached = max(_CACHED_DOCUMENTS, self.block_documents())
 
     def _measure(self) -> tuple[np.ndarray, int]:
         """The length of each shard (S,) in the units of the epoch's line, and how many of them a sequence moves on."""
@@ -86,8 +88,16 @@ class SequenceStream:
     def block_bytes(self) -> int:
         """The most bytes of shards that a shuffle block touches: its share of the data, and two shards that it begins and ends in."""
         sizes = sorted((entry["bytes"] + entry["index_bytes"] for entry in self.dataset.shards), reverse=True)
-        share = min(1.0, self._block / self.per_epoch)
-        return min(sum(sizes), int(share * sum(sizes)) + sum(sizes[:2]))
+        return min(sum(sizes), int(self._block_share() * sum(sizes)) + sum(sizes[:2]))
+
+    def block_documents(self) -> int:
+        """The most documents, and pieces of long ones, whose places a shuffle block looks up; as ``block_bytes``."""
+        counts = sorted(self.dataset.shard_documents.tolist(), reverse=True)
+        return int(self._block_share() * (sum(counts) + self.per_epoch)) + sum(counts[:2])
+
+    def _block_share(self) -> float:
+        """The share of an epoch that a shuffle block is."""
+        return min(1.0, self._block / self.per_epoch)
 
     def epoch(self, index: int) -> int:
         """The epoch of sequence ``index``."""
@@ -167,7 +177,7 @@ class SequenceStream:
             if key not in self._tables:
                 self._tables[key] = table
                 self._cached += len(table.ends)
-            while self._cached > _CACHED_DOCUMENTS and len(self._tables) > 1:
+            while self._cached > self._most_cached and len(self._tables) > 1:
                 self._cached -= len(self._tables.popitem(last=False)[1].ends)
         return table
 
@@ -198,8 +208,9 @@ class SequenceStream:
         """Fill ``ids`` and ``mask`` from token ``start`` of a shard's line on; returns how many were there."""
         table = self._table((epoch, shard), self._documents)
         stop = min(start + len(ids), int(table.ends[-1]))
-        first = int(table.ends.searchsorted(start, side="right"))
-        last = int(table.ends.searchsorted(stop, side="left")) + 1
+        kind = table.ends.dtype.type  # a Python integer would make numpy cast the whole table at every call
+        first = int(table.ends.searchsorted(kind(start), side="right"))
+        last = int(table.ends.searchsorted(kind(stop), side="left")) + 1
         copy_pieces(self.dataset, shard, table, first, last, start, ids[: stop - start], mask)
         return stop - start
 

@@ -253,11 +253,14 @@ def write_manifest(
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Write a small file and wait until it is on the disk."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write a small file and wait until it is on the disk; OSError, which names the file, where the disk is full."""
+    try:
+        with open(path, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def sync(path: Path) -> None:

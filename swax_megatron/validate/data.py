@@ -71,7 +71,7 @@ def check_remote(config: Config) -> None:
             if is_remote(source.path) and role == "train" and data.damaged == "skip":
                 raise ValueError(
                     f"data.damaged='skip': {where} is remote, and which shards are damaged must be known before the first is read; "
-                    "copy the data set to a disk, or use data.damaged=stop"
+                    f"name damaged ones in data.train.{index}.skip_shards, copy the data set to a disk, or use data.damaged=stop"
                 )
 
 

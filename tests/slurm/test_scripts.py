@@ -53,7 +53,9 @@ def test_dry_runs_name_the_part_and_the_command(cluster: Cluster, tmp_path: Path
     submit("shard.sh", "--merge", options=(output, "--array=3"))
     wait()
     for part in (1, 2):
-        assert f"data_prep/shard.py --input x --out y --part {part}/2 --workers" in (tmp_path / f"swax_shard-{part}.out").read_text()
+        said = (tmp_path / f"swax_shard-{part}.out").read_text()
+        assert f"--input x --out y --part {part}/2" in said
+        assert said.index("data_prep/shard.py --workers ") < said.index(" --input x")  # a user's own comes last
     assert "-m swax_megatron.hf.export --checkpoint runs/x --out y" in (tmp_path / "convert.out").read_text()
     assert "error: --merge joins the parts once, in a job without --array" in (tmp_path / "swax_shard-3.out").read_text()
 

@@ -86,7 +86,7 @@ def test_remote_sources():
     for data, sentence in (
         ({"train": [{"path": "pipe:cat x"}]}, r"data.train.0.path='pipe:cat x': the command must hold \{file\}"),
         ({"train": [{"path": "s3://x/y"}], "cache": ""}, "data.cache=''.*needs a folder on a local disk"),
-        ({"train": [{"path": "s3://x/y"}], "damaged": "skip"}, "data.damaged='skip': .*is remote.*use data.damaged=stop"),
+        ({"train": [{"path": "s3://x/y"}], "damaged": "skip"}, "data.damaged='skip': .*is remote.*data.train.0.skip_shards.*damaged=stop"),
     ):
         with pytest.raises(ValueError, match=sentence):
             validate(config(data=data))

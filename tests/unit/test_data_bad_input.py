@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -190,34 +193,72 @@ def test_verify_and_show_need_a_data_set(tmp_path, model, capsys):
     assert "format_version 2, newer than this program's 1" in capsys.readouterr().out
 
 
-def test_a_line_of_100_mb(tmp_path, model, capsys):
-    """Refused, or skipped and counted, without being held in memory; at its limit the next line is found again."""
+def peak_memory_mb(command: list[str]) -> tuple[int, str, float]:
+    """Run a command of one process: its exit status, its errors and its peak resident memory."""
+    script = (
+        "import atexit, re, runpy, sys\n"
+        "status = lambda: print('VmHWM', re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1], file=sys.stderr)\n"
+        "atexit.register(status)\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True, env=environment)
+    return done.returncode, done.stderr, int(done.stderr.rsplit("VmHWM ", 1)[1]) / 1024
+
+
+def test_a_line_of_100_mb(tmp_path, model):
+    """Refused, or skipped and counted, without being held in memory; behind it the next line is found again."""
     with open(tmp_path / "a.jsonl", "wb") as file:
         file.write(GOOD + b'{"text": "')
         for _ in range(100):
             file.write(b"x" * (1 << 20))
         file.write(b'"}\n' + GOOD)
-    assert run_shard(tmp_path / "a.jsonl", model, tmp_path / "out", "--max-record-bytes", "4M") == 2
-    assert "a.jsonl line 2: more than the 4194304 bytes of --max-record-bytes" in capsys.readouterr().err
-    options = ("--max-record-bytes", "4M", "--long-documents", "skip")
-    assert run_shard(tmp_path / "a.jsonl", model, tmp_path / "out", *options) == 0
+    small = write_jsonl(tmp_path / "small.jsonl", ["fine"])
+    tool = [str(ROOT / "data_prep" / "shard.py"), "--tokenizer", str(model), "--workers", "1", "--max-record-bytes", "4M", "--input"]
+    status, _, least = peak_memory_mb([*tool, str(small), "--out", str(tmp_path / "small")])
+    assert status == 0
+    status, errors, peak = peak_memory_mb([*tool, str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out")])
+    assert status == 2 and "a.jsonl line 2: more than the 4194304 bytes of --max-record-bytes" in errors and peak < least + 40
+    status, _, peak = peak_memory_mb([*tool, str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"), "--long-documents", "skip"])
+    assert status == 0 and peak < least + 40
     dataset = ShardedDataset(tmp_path / "out")
     assert dataset.documents == 2 and dataset.manifest["skipped"]["too_long"] == 1
 
 
-def test_a_full_disk(tmp_path, model):
+def test_a_zstd_file_with_a_window_of_256_mb(tmp_path, model):
+    """As ``zstd --long=28`` and above write; the library's own limit is 128 MiB."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=28)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(compressor.compress(GOOD * 3) + compressor.flush())
+    assert zstandard.get_frame_parameters((tmp_path / "a.jsonl.zst").read_bytes()).window_size == 1 << 28
+    assert run_shard(tmp_path / "a.jsonl.zst", model, tmp_path / "out") == 0
+    assert ShardedDataset(tmp_path / "out").documents == 3
+
+
+FULL = {  # documents, words that each repeats, options, KiB that a file may have, the file that is the first to need more
+    "a shard": (3000, "", "", 200, "shard-000000.tar"),
+    "the fingerprints of a segment": (6000, "x", "--deduplicate", 100, "fingerprints.bin"),
+    "the partitions of fingerprints": (6000, "x", "--deduplicate --segment-bytes 30K", 45, "repeats/train"),
+    "a joined shard": (3000, "", "--segment-bytes 100K --workers 1", 200, "joined/"),
+}
+
+
+@pytest.mark.parametrize("case", FULL)
+def test_a_full_disk(case, tmp_path, model):
     """One sentence, nothing that looks whole, and the same command finishes once there is room."""
-    source = write_jsonl(tmp_path / "a.jsonl", texts(3000))
-    command = f"{sys.executable} {ROOT}/data_prep/shard.py --input {source} --tokenizer {model} --out {tmp_path}/out --workers 2"
-    limited = f"ulimit -f 200; exec {command}"  # blocks of 1 KiB that a file may have: writing more fails, as on a full disk
+    count, word, options, limit, file = FULL[case]
+    documents = [word * (number % 7) + str(number // 2) for number in range(count)] if word else texts(count)
+    source = write_jsonl(tmp_path / "a.jsonl", documents)
+    command = f"{sys.executable} {ROOT}/data_prep/shard.py --input {source} --tokenizer {model} --out {tmp_path}/out --workers 2 {options}"
+    limited = f"ulimit -f {limit}; exec {command}"  # writing more fails, as on a full disk
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, env=environment)
     assert done.returncode == 2
     (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert sentence.startswith("error: the disk is full or a limit is reached while ") and "make room and run the same command" in sentence
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.work").exists()
+    assert file in sentence
+    assert not (tmp_path / "out").exists()
     assert subprocess.run(command.split(), capture_output=True, env=environment).returncode == 0
-    assert verify.main([str(tmp_path / "out")]) == 0
+    assert verify.main([str(tmp_path / "out")]) == 0 and [path.name for path in tmp_path.iterdir()] == ["a.jsonl", "out"]
 
 
 def test_verify_finds_every_kind_of_damage(tmp_path, model, capsys):
@@ -246,8 +287,63 @@ def test_verify_finds_every_kind_of_damage(tmp_path, model, capsys):
     entry = {**content["shards"][0], "documents": content["shards"][0]["documents"] + 1}
     assert "does not belong to" in changed(manifest, json.dumps({**content, "shards": [entry, *content["shards"][1:]]}).encode())
     assert "is not the tokenizer that wrote" in changed(out / "tokenizer.model", flip((out / "tokenizer.model").read_bytes(), 9))
-    os.rename(tars[0], tmp_path / "away")
-    assert verify.main([str(out)]) == 1
-    assert f"{tars[0]} is missing" in capsys.readouterr().out
-    os.rename(tmp_path / "away", tars[0])
+    away = [tars[0], tars[2], indices[3]]
+    for number, path in enumerate(away):
+        os.rename(path, tmp_path / f"away-{number}")
+    found = changed(tars[1], flip(middle, 700))
+    assert all(f"fault: shard file {path} is missing" in found for path in away)
+    assert f"{tars[1]}: the sha256 is not the manifest's" in found and "totals" not in found  # the others are looked at all the same
+    for number, path in enumerate(away):
+        os.rename(tmp_path / f"away-{number}", path)
+    assert verify.main([str(out)]) == 0
+
+
+def rewritten(out: Path, number: int, tar: bytes, index: bytes) -> None:
+    """Put other files in a shard's place, with the manifest that a faulty writer of theirs would have written."""
+    manifest = json.loads((out / "manifest.json").read_text())
+    entry = manifest["shards"][number]
+    (out / entry["file"]).write_bytes(tar)
+    (out / entry["index"]).write_bytes(index)
+    entry |= {"sha256": hashlib.sha256(tar).hexdigest(), "index_sha256": hashlib.sha256(index).hexdigest(), "bytes": len(tar)}
+    (out / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_verify_compares_the_content_where_every_sha256_is_right(tmp_path, model, capsys):
+    out = tmp_path / "out"
+    assert run_shard(write_jsonl(tmp_path / "a.jsonl", texts(300)), model, out, "--shard-size", "16K") == 0
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    tar, index = (before[out / f"shard-000001.{ending}"] for ending in ("tar", "idx"))
+    words = np.frombuffer(index, "<u8")
+    members, documents = int(words[4]), int(words[2])
+    first = int(words[8])  # where the first member's ids begin
+    ids_of_first = int(words[8 + 4 * members + 1]) * 2
+    lengths_at = tar.index(b"000000.lengths") // 512 * 512 + 512
+
+    def faults_of(tar: bytes, index: bytes = index) -> str:
+        rewritten(out, 1, tar, index)
+        assert verify.main([str(out)]) == 1
+        for path, content in before.items():
+            path.write_bytes(content)
+        found = capsys.readouterr().out
+        assert "sha256" not in found and found.count("fault: ") == 1
+        return found
+
+    def put(data: bytes, at: int, new: bytes) -> bytes:
+        return data[:at] + new + data[at + len(new) :]
+
+    assert documents > 3 and members > 0
+    assert "id 65535 is outside the vocabulary of 400" in faults_of(put(tar, first, b"\xff\xff"))
+    assert "EOS does not stand at the end of every document" in faults_of(put(tar, first, b"\x02\x00"))
+    assert "EOS does not stand at the end of every document" in faults_of(put(tar, first + ids_of_first - 2, b"\x05\x00"))
+    assert "document lengths are not the index's" in faults_of(put(tar, lengths_at, b"\x01\x00\x00\x00"))
+    moved = words.copy()
+    moved[8] += 512
+    assert re.search("members do not lie where the index says|contradicts itself", faults_of(tar, moved.tobytes()))
+    moved = words.copy()
+    moved[8 + 4 * members + 1] += 1
+    assert "document lengths are not the index's" in faults_of(tar, moved.tobytes())
+    header = put(tar, 0, b"\x00" * 512)
+    assert re.search("members do not lie|empty header|truncated|end of file", faults_of(header))
+    damaged = put(tar, 148, b"9999999\x00")
+    assert "shard-000001.tar: " in faults_of(damaged)
     assert verify.main([str(out)]) == 0

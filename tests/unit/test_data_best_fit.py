@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +17,7 @@ from hypothesis import strategies as st
 from swax_megatron.data import rows as rows_module
 from swax_megatron.data.bestfit import count_rows, pack_block
 from swax_megatron.data.packing import pack
-from swax_megatron.data.rows import BestFitStream, open_stream
+from swax_megatron.data.rows import BestFitStream, Team, open_stream
 from swax_megatron.data.shards import ShardedDataset
 from swax_megatron.data.stream import SequenceStream
 from tests.texts import EOS, random_documents, write_ids
@@ -144,6 +148,54 @@ def test_the_counts_of_rows_are_kept(numbered, tmp_path, monkeypatch):
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(ValueError, match="rows-.*npy is damaged.*delete it"):
         open_stream(numbered, 24, 1, "best_fit", 1 << 31, tmp_path)
+
+
+def together(size: int, make: Callable[[Team], Any]) -> list[Any]:
+    """What ``make`` gives, or raises, in each of ``size`` threads that count together."""
+    barrier, passed = threading.Barrier(size), [None] * size
+
+    def gather(rank: int, mine: Any) -> list[Any]:
+        passed[rank] = mine
+        barrier.wait(20)
+        found = list(passed)
+        barrier.wait(20)
+        return found
+
+    def run(rank: int) -> Any:
+        try:
+            return make(Team(rank, size, lambda mine: gather(rank, mine)))
+        except ValueError as error:
+            return error
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(run, range(size)))
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_several_processes_count_together(size, numbered, tmp_path, monkeypatch):
+    monkeypatch.setattr(rows_module, "_BLOCK_ROWS", 4)
+    counted: Counter = Counter()
+    count_shard = BestFitStream._count_shard
+    monkeypatch.setattr(BestFitStream, "_count_shard", lambda self, shard: counted.update([shard]) or count_shard(self, shard))
+    alone = BestFitStream(numbered, 24, 3)
+    counted.clear()
+
+    def make(team: Team) -> BestFitStream:  # each on a host of its own
+        dataset = ShardedDataset(numbered.path)
+        return open_stream(dataset, 24, 3, "best_fit", 1 << 31, tmp_path / str(team.rank), team)
+
+    streams = together(size, make)
+    assert counted == {shard: 1 for shard in range(len(numbered.shards))}
+    assert all(stream.statistics == alone.statistics for stream in streams)
+    assert all((stream[i][0] == alone[i][0]).all() for stream in streams for i in range(0, alone.per_epoch, 7))
+    (kept,) = (tmp_path / "1").iterdir()
+    kept.unlink()  # a host that has lost its table: all count again
+    counted.clear()
+    together(size, make)
+    assert counted == {shard: 1 for shard in range(len(numbered.shards))} and kept.exists()
+    kept.write_bytes(b"damaged")
+    errors = together(size, make)
+    assert all("is damaged" in str(error) for error in errors) and len(errors) == size
 
 
 def test_only_empty_documents(tmp_path):

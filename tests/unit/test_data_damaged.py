@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+from swax_megatron.config import from_dict
 from swax_megatron.data.mixture import Mixture
 from swax_megatron.data.shards import ShardedDataset
+from swax_megatron.data.storage import Reader
 from swax_megatron.data.stream import SequenceStream
+from swax_megatron.errors import RunError
+from swax_megatron.feed import Feed
+from swax_megatron.sources import build_mixture
 from tests.texts import random_documents, write_ids
 
 
@@ -49,6 +59,84 @@ def test_stop_or_leave_out(how, verify, folder):
     stream = SequenceStream(dataset, 16, seed=1)
     seen = {tuple(stream[i][0]) for i in range(stream.per_epoch)}
     assert len(seen) == stream.per_epoch
+
+
+def read_all(stream: SequenceStream) -> None:
+    for i in range(stream.per_epoch):
+        stream[i]
+
+
+@pytest.mark.parametrize("name", ["shard-000001.tar", "shard-000001.idx"])
+def test_a_flipped_byte_stops_the_reader_before_it_is_used(name, folder):
+    damage(folder, 1, "flipped")
+    if name.endswith("idx"):
+        damage(folder, 1, "flipped")  # back
+        index = bytearray((folder / name).read_bytes())
+        index[-16] ^= 1  # the last document begins one id away: the index does not contradict itself
+        (folder / name).write_bytes(index)
+    stream = SequenceStream(ShardedDataset(folder), 16, seed=1)
+    with pytest.raises(ValueError, match=f"{name} is damaged: its sha256 is not the manifest's; copy the data set again"):
+        read_all(stream)
+    read_all(SequenceStream(ShardedDataset(folder, "size"), 16, seed=1))  # told so: sizes alone
+
+
+def test_every_file_is_hashed_once_by_the_threads_that_read(folder, monkeypatch):
+    hashed: Counter = Counter()
+    sha256 = Reader.sha256
+    monkeypatch.setattr(Reader, "sha256", lambda self: hashed.update([Path(self.name).name]) or sha256(self))
+    dataset = ShardedDataset(folder, max_open_shards=1)
+    assert not hashed
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: dataset.tar(number % len(dataset.shards)), range(200)))
+    read_all(SequenceStream(dataset, 16, seed=1))
+    assert hashed == {name: 1 for entry in dataset.shards for name in (entry["file"], entry["index"])}
+
+
+def test_a_damaged_shard_ends_the_run_and_can_be_left_out_by_name(folder, tmp_path, caplog):
+    damage(folder, 1, "flipped")
+    raw = {"model": {"vocab_size": 300}, "data": {"train": [{"path": str(folder)}], "sequence_length": 16, "cache": str(tmp_path)}}
+    config = from_dict(raw)
+    groups = SimpleNamespace(replicas=1, replica=0, context=None, context_size=1, device=torch.device("cpu"), data=None)
+
+    def train(steps: int) -> dict:
+        data = build_mixture(config, config.data.train, "train", 1)
+        feed, state = Feed(config, groups, data), data.initial_state()
+        for step in range(steps):
+            _, state, _ = feed.take(state, step)
+        feed.read(data.plan(state, 4)[0], data)
+        feed.close()
+        return data.state_to_json(state)
+
+    config.train.steps = 30
+    with pytest.raises(RunError, match="shard-000001.tar is damaged: its sha256 is not the manifest's; copy the data set again"):
+        train(30)
+    with pytest.raises(RunError, match="data cannot be read .*shard-000001.tar is damaged"):
+        data = build_mixture(config, config.data.train, "train", 1)
+        Feed(config, groups, data).read(data.plan(data.initial_state(), 400)[0], data)
+    config.data.train[0].skip_shards = ["shard-000001.tar"]
+    caplog.set_level("WARNING")
+    saved = train(30)
+    assert saved["sources"]["set"]["skipped"] == ["shard-000001.tar"]
+    assert "shard shard-000001.tar is left out: named in skip_shards" in caplog.text and "1 shards left out, " in caplog.text
+    damage(folder, 1, "flipped")  # mended: what the run left out stays out, named or not
+    config.data.train[0].skip_shards = []
+    data = build_mixture(config, config.data.train, "train", 1)
+    state = data.state_from_json(saved)
+    assert data.state_to_json(state) == saved
+    config.data.train[0].skip_shards = ["shard-000002.tar"]
+    with pytest.raises(ValueError, match="source 'set' lost shard-000002.tar since the checkpoint .named in skip_shards.*be continued"):
+        build_mixture(config, config.data.train, "train", 1).state_from_json(saved)
+    config.data.train[0].skip_shards = ["shard-000099.tar"]
+    with pytest.raises(ValueError, match="manifest.json lists no shard shard-000099.tar, which was to be skipped"):
+        build_mixture(config, config.data.train, "train", 1)
+
+
+def test_a_disk_s_error_names_the_file(folder):
+    reader = Reader(os.open(folder, os.O_RDONLY), "web/shard-000000.tar")  # reading a folder fails as a broken disk does
+    with pytest.raises(OSError, match="web/shard-000000.tar"):
+        reader.read_into(0, np.empty(8, np.uint8))
+    with pytest.raises(OSError, match="web/shard-000000.tar"):
+        reader.sha256()
 
 
 def test_everything_damaged(folder):

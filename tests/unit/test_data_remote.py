@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import resource
 import shlex
 import time
 from collections.abc import Iterator
@@ -113,6 +114,33 @@ def test_what_stays_broken_is_told(server, folder, tmp_path):
         ShardedDataset(url)
     with pytest.raises(ValueError, match="damaged='skip' with the remote data set"):
         ShardedDataset(url, cache=FileCache(tmp_path, 1 << 20), damaged="skip")
+
+
+def test_shards_named_are_never_fetched(server, folder, tmp_path):
+    url, faults = server
+    stream = opened(url, FileCache(tmp_path, 1 << 20), skip=["shard-000001.tar"])
+    local = SequenceStream(ShardedDataset(folder, skip=["shard-000001.tar"]), 32, seed=1, shuffle_tokens=SHUFFLE)
+    assert all((stream[i][0] == local[i][0]).all() for i in range(stream.per_epoch))
+    assert "shard-000001.tar" not in faults.requests and "shard-000000.tar" in faults.requests
+
+
+def test_a_full_disk_is_not_the_remote_s_fault(folder, tmp_path):
+    """Told as what it is, and not tried again."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    pipe = f"pipe:cat {shlex.quote(str(folder))}/{{file}}; echo x: No space left on device >&2; false"
+    sentence = "the disk that fetched files are written to is full or a limit is reached .*make room, lower"
+    for name, url in (("url", folder.as_uri()), ("pipe", pipe)):
+        cache = FileCache(tmp_path / name, 1 << 20)
+        dataset = ShardedDataset(folder)
+        remote = RemoteFolder(url, cache)
+        entry = dataset.shards[0]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # a file of more bytes fails, as on a full disk
+        try:
+            with pytest.raises(CacheError, match=sentence):
+                remote.open(entry["file"], entry["bytes"], entry["sha256"])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert remote.retried == 0
 
 
 def test_a_name_in_a_manifest_is_no_command(tmp_path):

@@ -39,6 +39,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[s
     return inputs, model, digests(folder / "whole")
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
 def digests(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
@@ -57,30 +62,75 @@ def finished(out: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if ".tmp-" not in path.name} if folder.is_dir() else set()
 
 
+# runs shard.py until its operation number COUNT on a file whose name holds FRAGMENT, and is killed right before that one
+KILLED = """
+import os, runpy, signal, sys
+fragment, left = sys.argv[1], int(sys.argv[2])
+def hook(event, arguments):
+    global left
+    if event in ("open", "os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"):
+        if any(fragment in str(each) for each in arguments[:2]):
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+sys.argv = sys.argv[3:]
+sys.addaudithook(hook)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+PHASES = {"/segments/": 150, "/repeats/": 12, "/joined/": 8, "/result": 5, "published.json": 0}  # most operations before the kill
+
+
+def kill(corpus: tuple, out: Path, source: random.Random, last: bool) -> str:
+    """One SIGKILL at a moment that ``source`` draws, of a process that was alive; returns in which phase."""
+    phase = source.choice(["by what is done", *PHASES])
+    if phase == "by what is done":
+        process = start(corpus, out, "--workers", "2")
+        wanted = len(finished(out)) + source.randint(0, 6)
+        while process.poll() is None and len(finished(out)) < wanted and not (out.with_name("out.work") / "repeats").exists():
+            time.sleep(0.002)
+        process.kill()
+    else:
+        count = source.randint(0, PHASES[phase])
+        if phase == "published.json" and last:
+            count = 1  # the data set has its name, and what is left is being removed
+        command = [sys.executable, "-c", KILLED, phase, str(count), str(ROOT / "data_prep" / "shard.py"), "--input", str(corpus[0])]
+        command += ["--tokenizer", str(corpus[1]), "--out", str(out), *OPTIONS]
+        workers = "1" if phase == "/joined/" else str(source.choice([1, 2]))  # with several, others of them join
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen([*command, "--workers", workers], env=environment, **pipes)
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == -signal.SIGKILL, f"{phase}: the process ended before it was killed: {errors}"
+    return phase
+
+
 def kill_and_finish(corpus: tuple, out: Path, seed: int, kills: int) -> None:
     """SIGKILL at moments spread over the whole run, then finish: same bytes, finished segments are not made again."""
     source = random.Random(seed)
-    for _ in range(kills):
-        process = start(corpus, out, "--workers", str(source.choice([1, 2])))
-        wanted = len(finished(out)) + source.randint(0, 6)  # a moment by what is done, not by the clock
-        while process.poll() is None and len(finished(out)) < wanted:
-            time.sleep(0.002)
-        time.sleep(source.random() * 0.05)
-        process.kill()
-        process.communicate()
+    phases = [kill(corpus, out, source, last=number == kills - 1) for number in range(kills)]
     before = {name: (out.with_name(f"{out.name}.work") / "segments" / name).stat().st_ino for name in finished(out)}
     process = start(corpus, out, "--workers", "2")
     while process.poll() is None:
         now = {name: path.stat().st_ino for name in before if (path := out.with_name(f"{out.name}.work") / "segments" / name).exists()}
         assert all(before[name] == inode for name, inode in now.items())
         time.sleep(0.05)
-    assert process.returncode == 0, process.communicate()
-    assert digests(out) == corpus[2]
-    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    assert process.returncode == 0, (phases, process.communicate())
+    assert digests(out) == corpus[2], phases
+    assert [path.name for path in out.parent.iterdir()] == [out.name], phases
 
 
 def test_sigkill_at_random_moments_ends_in_the_same_bytes(corpus, tmp_path):
     kill_and_finish(corpus, tmp_path / "out", seed=0, kills=3)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_sigkill_in_every_phase(phase, corpus, tmp_path, monkeypatch):
+    source = random.Random(phase)
+    monkeypatch.setattr(source, "choice", lambda options: phase if phase in options else "1")
+    assert kill(corpus, tmp_path / "out", source, last=True) == phase
+    process = start(corpus, tmp_path / "out", "--workers", "2")
+    assert process.wait(300) == 0 and digests(tmp_path / "out") == corpus[2]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.soak
@@ -153,6 +203,41 @@ def test_an_interruption_after_the_rename_is_noticed(corpus, tmp_path, monkeypat
     assert out.with_name("out.work").exists() and digests(out) == whole
     assert run_shard(inputs, model, out, *OPTIONS) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and digests(out) == whole
+
+
+@pytest.mark.parametrize("change", ["another input", "another file", "another option"])
+def test_another_command_after_the_rename_does_its_own_work(change, tmp_path, model, monkeypatch, capsys):
+    """What an interrupted run left may not answer for another run."""
+    from data_prep.workfolder import WorkFolder
+
+    source, out = write_jsonl(tmp_path / "a.jsonl", texts(20)), tmp_path / "out"
+
+    def stop(self: WorkFolder) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(WorkFolder, "remove", stop)
+        assert run_shard(source, model, out) == 130
+    options: tuple[str, ...] = ("--overwrite",)
+    if change == "another input":
+        source = write_jsonl(tmp_path / "b.jsonl", texts(30))
+    elif change == "another file":
+        write_jsonl(source, texts(30))
+    else:
+        options += ("--min-text-bytes", "200")
+    assert run_shard(source, model, out, *options) == 0
+    documents = ShardedDataset(out).documents
+    assert f"train {documents} documents" in capsys.readouterr().out
+    assert documents == (sum(len(text.encode()) >= 200 for text in texts(20)) if change == "another option" else 30)
+    assert not out.with_name("out.work").exists()
+
+
+def test_work_on_other_inputs_is_refused(tmp_path, model, capsys):
+    first, second = (write_jsonl(tmp_path / name, texts(20)) for name in ("a.jsonl", "b.jsonl"))
+    assert run_shard(first, model, tmp_path / "out", "--part", "1/1") == 0
+    assert run_shard(second, model, tmp_path / "out") == 2
+    assert "holds the unfinished work of a command with other options (input)" in capsys.readouterr().err
+    assert run_shard(first, model, tmp_path / "out") == 0
 
 
 def test_duplicates_the_first_stays(corpus, tmp_path):

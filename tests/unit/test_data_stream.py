@@ -68,9 +68,27 @@ def test_small_caches_change_nothing(dataset, monkeypatch):
     plain = SequenceStream(dataset, 32, seed=1)
     monkeypatch.setattr(stream_module, "_CACHED_DOCUMENTS", 1)
     monkeypatch.setattr(stream_module, "_INDEX_CHUNK", 3)
+    monkeypatch.setattr(SequenceStream, "block_documents", lambda self: 1)
     tight = SequenceStream(ShardedDataset(dataset.path, max_open_shards=1), 32, seed=1)
     assert all((plain[i][0] == tight[i][0]).all() for i in range(0, 2 * plain.per_epoch, 3))
     assert len(tight._tables) == 1
+
+
+@pytest.mark.parametrize("shuffle_tokens", [1 << 31, 4000])
+def test_a_shuffle_block_of_short_documents_makes_each_table_once(shuffle_tokens, dataset, monkeypatch):
+    """However many documents a block holds: otherwise every row would make the tables of its shards anew."""
+    monkeypatch.setattr(stream_module, "_CACHED_DOCUMENTS", 1)
+    stream = SequenceStream(dataset, 32, seed=1, shuffle_tokens=shuffle_tokens)
+    made: Counter = Counter()
+
+    def documents(epoch: int, shard: int) -> stream_module.Pieces:
+        made[epoch, shard] += 1
+        return SequenceStream._documents(stream, epoch, shard)
+
+    monkeypatch.setattr(stream, "_documents", documents)
+    for i in range(stream.per_epoch):
+        stream[i]
+    assert len(made) == len(dataset.shards) and set(made.values()) == {1}
 
 
 def test_epochs_and_seeds_differ(dataset):

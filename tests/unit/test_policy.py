@@ -148,6 +148,20 @@ def test_a_signal_to_the_supervisor_stops_the_run_once(tmp_path: Path) -> None:
     assert "stop: told to stop; the same command goes on from the newest checkpoint" in process.stderr.read()
 
 
+def test_damaged_and_replaced_checkpoints_are_told_and_end_no_launcher(tmp_path: Path) -> None:
+    """A start is refused for them; what counts and shows the run's progress goes on."""
+    root = tmp_path / "checkpoints"
+    for step in (2, 4, 6):
+        save(root, step, [], config={}, state={})
+    assert Ledger(tmp_path).step() == 6 and progress(tmp_path) == "newest checkpoint step_6"
+    (root / "step_6" / "COMPLETE").write_text("")
+    assert Ledger(tmp_path).step() == 4
+    assert "step_6/manifest.json is not what was saved" in progress(tmp_path)
+    shutil.rmtree(root / "step_6")
+    (root / "step_4").rename(root / "step_4.replaced-00ff")  # killed between the renames of a replacement
+    assert Ledger(tmp_path).step() == 4 and progress(tmp_path) == "newest checkpoint step_4.replaced-00ff"
+
+
 def test_a_signal_before_the_child_is_there_reaches_it(tmp_path: Path) -> None:
     """Between the ledger's line and the child: it is passed on as soon as there is one."""
     code = "import time; time.sleep(60)"
@@ -251,17 +265,3 @@ def test_an_agent_s_own_failure_is_a_crash(monkeypatch: pytest.MonkeyPatch, tmp_
     (tmp_path / "c.yaml").write_text(f"run_dir: {tmp_path}/run\n")
     assert run.main([str(tmp_path / "c.yaml")]) == ExitCode.CRASHED
     assert "no space left for a log" in capsys.readouterr().err
-
-
-def test_damaged_and_replaced_checkpoints_are_told_and_end_no_launcher(tmp_path: Path) -> None:
-    """A start is refused for them; what counts and shows the run's progress goes on."""
-    root = tmp_path / "checkpoints"
-    for step in (2, 4, 6):
-        save(root, step, [], config={}, state={})
-    assert Ledger(tmp_path).step() == 6 and progress(tmp_path) == "newest checkpoint step_6"
-    (root / "step_6" / "COMPLETE").write_text("")
-    assert Ledger(tmp_path).step() == 4
-    assert "step_6/manifest.json is not what was saved" in progress(tmp_path)
-    shutil.rmtree(root / "step_6")
-    (root / "step_4").rename(root / "step_4.replaced-00ff")  # killed between the renames of a replacement
-    assert Ledger(tmp_path).step() == 4 and progress(tmp_path) == "newest checkpoint step_4.replaced-00ff"

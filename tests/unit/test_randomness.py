@@ -85,3 +85,16 @@ def test_window_and_data_draws_are_independent() -> None:
         counts[choice([1, 1, 1], "window", 1, step), choice([1, 1, 1], "data source", 1, step)] += 1
     expected = counts.sum(0) * counts.sum(1)[:, None] / counts.sum()
     assert ((counts - expected) ** 2 / expected).sum() < 23.5  # p = 1e-4
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, *(2**k + d for k in (4, 7, 10, 12, 13) for d in (-1, 0, 1))])
+def test_an_array_has_the_images_of_its_elements(n: int) -> None:
+    """Large arrays are computed with tables, small ones and single indices without."""
+    permutation = Permutation(n, "data", 5, n)
+    indices = np.arange(n)
+    whole = permutation(indices)
+    assert whole.dtype == np.int64
+    assert whole.tolist() == [permutation(index) for index in indices.tolist()]
+    shuffled = np.random.default_rng(n).integers(0, n, (2, n))
+    assert (permutation(shuffled) == whole[shuffled]).all()
+    assert permutation(np.empty(0, np.int64)).tolist() == []
