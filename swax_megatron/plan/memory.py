@@ -48,7 +48,6 @@ def memory(layout: Layout, stage: int) -> Memory:
     elif layout.config.optimizer.zero_stage == 3:
         gradients += _bucket(layout, stage)
         resident += gradients
-        weights += layout.width * min(GATHERED, layout.parameters(stage))  # in forward and backward
     held = [_chunk(layout, chunk) for chunk in layout.stage(stage)]
     flying = layout.in_flight(stage)
     activations = sum(kept * count for (kept, _, _), count in zip(held, flying, strict=True))
@@ -66,6 +65,8 @@ def memory(layout: Layout, stage: int) -> Memory:
     working = max(0.0, max(passing, _received(layout)) - logits)
     spare = activations + states + logits + working
     working += max(0.0, update - spare)
+    if layout.config.optimizer.backend == "zero" and layout.config.optimizer.zero_stage == 3:
+        working += layout.width * min(GATHERED, layout.parameters(stage))  # whole weights, in forward and backward
     return Memory(weights, gradients, optimizer, activations, states, logits, working, host, snapshot, resident)
 
 
