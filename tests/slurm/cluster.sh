@@ -131,12 +131,15 @@ CONF
     export SLURM_CONF=$dir/slurm.conf
     slurmctld -c
     for node in $(seq 0 $last); do start "sn$node"; done
-    for _ in $(seq 200); do
+    for _ in $(seq 600); do
         [ "$(sinfo -h -N -p main -t idle -o %N 2>/dev/null | wc -l)" = "$count" ] && { sinfo -N -p main -o '%N %T %c %G'; return; }
         sleep 0.2
     done
+    trap - ERR
+    sinfo -N -o '%N %T %E' >&2 || true
     down
-    cannot "the nodes did not become idle, see $dir/log"
+    echo "the nodes did not become idle in two minutes, see $dir/log" >&2   # a failure, no reason to skip
+    exit 1
 }
 
 start() { slurmd -c -N "$1"; }
