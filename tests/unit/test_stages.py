@@ -9,7 +9,7 @@ import pytest
 
 from swax_megatron import randomness
 from swax_megatron.config import load_config
-from swax_megatron.model.cost import forward_flops
+from swax_megatron.model.cost import COSTS, forward_flops
 from swax_megatron.model.pattern import parse_pattern
 from swax_megatron.model.stages import balance, expected_windows, layer_costs, stage_layers
 from swax_megatron.schema import Config
@@ -62,7 +62,11 @@ def test_the_head_takes_its_share_of_the_last_stage() -> None:
     assert stage_layers(config, kinds) == [6, 6, 7, 5]
     length, mix = config.data.sequence_length, expected_windows(config)
     model = sum(share * forward_flops(config.model, length, [window] * len(kinds)) for share, window in mix)
-    assert sum(costs) + head == pytest.approx(model + head / 4.0)  # 4/3 of the head's forward pass
+    cores = sum(share * COSTS[kind].core_flops(config.model, length, window) for kind in kinds for share, window in mix)
+    assert config.train.recompute == "selective" and cores > 0
+    assert sum(costs) + head == pytest.approx(model + cores / 3.0 + head / 4.0)  # 4/3 of the head's forward pass, and of the cores'
+    config.train.recompute = "none"
+    assert sum(layer_costs(config, kinds)[0]) + head == pytest.approx(model + head / 4.0)
 
 
 def test_long_windows_and_full_attention_weigh_more() -> None:
