@@ -42,14 +42,14 @@ REQUIREMENTS = [
 TRITON = "triton>=3.6,<3.7"  # what the kernels and their interpreter tests ran with
 EVALUATION = ["wonderwords==3.0.1", "matplotlib>=3.8,<4"]  # RULER's word lists, exactly the ones of its golden samples; plots
 EXTRAS = {
-    "test": [*EVALUATION, "accelerate>=1.1", "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9"],
+    "test": ["accelerate>=1.1", "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9"],
     "kernels": [TRITON],
     "fast": ["gigatoken>=0.10,<0.11"],  # encodes several times faster than sentencepiece, the same ids
     "show": ["matplotlib>=3.8,<4"],
     "eval": [*EVALUATION, "lm_eval>=0.4.9,<0.5"],
     "s3": ["s3fs>=2024.6"],
 }
-EXTRAS["test"] += EXTRAS["fast"]
+EXTRAS["test"] += EXTRAS["fast"] + EXTRAS["eval"]
 
 
 def version() -> str:

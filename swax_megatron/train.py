@@ -134,6 +134,8 @@ def quiet_libraries() -> None:
     for module in ("megatron", "deepspeed", "torch.distributed"):
         warnings.filterwarnings("ignore", module=module)
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    # Megatron's optimizer clears the gradients of views; on the CPU the call comes through the shim
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf", module="swax_megatron.parallel.device")
     logging.getLogger("megatron").setLevel(logging.ERROR)
 
 

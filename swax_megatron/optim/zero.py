@@ -19,6 +19,7 @@ import contextlib
 import io
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -83,7 +84,7 @@ def zero_backend(config: Config, chunks: list[nn.Module], groups: Groups) -> Zer
     return stages[config.optimizer.zero_stage](config, chunks, groups)
 
 
-class ZeroBackend:
+class ZeroBackend(ABC):
     """What the stages share. ``_zero`` is DeepSpeed's optimizer."""
 
     def __init__(self, config: Config, chunks: list[nn.Module], groups: Groups) -> None:
@@ -105,8 +106,8 @@ class ZeroBackend:
                 step=step_tensor(0), exp_avg=torch.zeros_like(flat.data), exp_avg_sq=torch.zeros_like(flat.data)
             )
 
-    def _build(self, adamw: torch.optim.Optimizer) -> DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3:
-        raise NotImplementedError
+    @abstractmethod
+    def _build(self, adamw: torch.optim.Optimizer) -> DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3: ...
 
     def _flat_masters(self) -> list[Tensor]:
         """This rank's fp32 weights, one flat tensor a parameter group."""
@@ -188,9 +189,9 @@ class ZeroBackend:
         for added_up in (self._zero.averaged_gradients, self._zero.all_grad_tensors):
             added_up.update(dict.fromkeys(added_up))
 
+    @abstractmethod
     def _reduce(self) -> None:
         """Bring the gradients of all microbatches and ranks where the update expects them."""
-        raise NotImplementedError
 
     def fragments(self, *, saving: bool) -> list[Fragment]:
         return fragments(self.chunks, self._pieces(), self._groups, saving=saving)
