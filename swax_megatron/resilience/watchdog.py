@@ -179,7 +179,7 @@ class Watchdog(threading.Thread):
             faulthandler.dump_traceback(file, all_threads=True)
 
     def _write_flight_recorder(self) -> None:
-        """The last collectives, where torch records them (TORCH_FR_BUFFER_SIZE, NCCL)."""
+        """The last collectives, as many as TORCH_FR_BUFFER_SIZE says."""
         dump = getattr(c10d, "_dump_fr_trace_json", None) or getattr(c10d, "_dump_nccl_trace_json", None)
         if dump is not None:
             (self.folder / f"rank_{self.rank:05d}_collectives.json").write_bytes(dump())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -80,6 +81,8 @@ def test_a_hang(
     stacks = tmp_path / "run" / "hangs" / "attempt_1"
     assert "train_step" in (stacks / "rank_00000.txt").read_text()
     assert (stacks / "rank_00001.txt").exists() == (kind == "sleep")
+    recorded = json.loads((stacks / "rank_00000_collectives.json").read_text())["entries"]
+    assert "gloo:all_reduce" in {entry["profiling_name"] for entry in recorded}
     if kind == "gil":  # written by a thread that needs no lock
         assert "_hold_interpreter" in (stacks.parent / "attempt_1_rank_00001_locked.txt").read_text()
     workers(2).run(runs.train, raw)
