@@ -77,18 +77,21 @@ def signal_to_saved(corpus: Path, run_dir: Path) -> dict[str, Any]:
 
 
 def restart(corpus: Path, run_dir: Path) -> dict[str, Any]:
-    raw = jobs.config(corpus, run_dir, **{**LONG, "interval": 10})
-    raw["train"]["steps"] = 20
-    jobs.run(raw)
-    raw["train"]["steps"], raw["checkpoint"]["allow_change"] = 21, ["train.steps", "optimizer.schedule"]
-    raw["window"]["anneal_fraction"] = 0.0
-    raw["window"]["anneal_window"] = 23
-    started = time.time()
+    raw = jobs.config(corpus, run_dir, **{**LONG, "interval": 10}, resilience={"fault": "kill", "fault_rank": 1, "fault_step": 25})
+    raw["train"]["steps"] = 40
+    killed = jobs.run(raw)
+    done, started = len(jobs.metrics(run_dir)), time.time()
     job = jobs.Job(raw)
-    job.ended()
-    (resume,) = (event["time"] for event in jobs.events(run_dir, "resume")[-1:])
-    progress = [event["time"] for event in jobs.events(run_dir, "progress")][-2]
-    return {"to_first_step_begins_s": resume - started, "to_first_new_step_done_s": progress - started}
+    job.until(lambda: jobs.events(run_dir, "resume")[1:])
+    resumed = jobs.events(run_dir, "resume")[-1]
+    job.until_step(done)
+    new_step = time.time()
+    return {
+        "to_first_step_begins_s": resumed["time"] - started,
+        "to_first_new_step_done_s": new_step - started,
+        "steps_done_again": done - int(resumed["step"]),
+        "exit_codes": [killed, job.ended()],
+    }
 
 
 def agreement(corpus: Path, run_dir: Path) -> dict[str, Any]:
