@@ -1,23 +1,23 @@
 """Text to ids: sentencepiece, and a faster library that must give sentencepiece's ids.
 
 gigatoken (optional: ``pip install 'swax_megatron[fast]'``) encodes SentencePiece BPE models several times faster. It reads
-special tokens such as ``</s>`` out of a document's text, where they are plain text to sentencepiece; documents that hold
-one go to sentencepiece. It is used only for models whose ids it can give exactly, is compared with sentencepiece on
+special tokens such as ``</s>`` or ``<0x0A>`` out of a document's text, where they are plain text to sentencepiece; the words
+that hold one go to sentencepiece. It is used only for models whose ids it can give exactly, is compared with sentencepiece on
 difficult strings before it starts and on a sample of the corpus while it runs, and a difference stops the run.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import sentencepiece
 
+from data_prep.cutting import Cutter
 from swax_megatron.data.writer import id_dtype
 from swax_megatron.hf.tokenizer import HARD_STRINGS, inexact, read_proto
 
@@ -66,33 +66,39 @@ class SentencePieceEncoder:
 
 
 class GigatokenEncoder:
-    """gigatoken on a SentencePiece BPE model; a document with literal special-token text goes through sentencepiece."""
+    """gigatoken on a SentencePiece BPE model; words with literal special-token text go through sentencepiece."""
 
     name = "gigatoken"
 
-    def __init__(self, model: bytes, reference: SentencePieceEncoder, special: Sequence[str]) -> None:
+    def __init__(self, path: str | Path, reference: SentencePieceEncoder) -> None:
+        """path: of a model that ``inexact`` finds nothing against."""
         import gigatoken
 
-        self._tokenizer, self._reference = gigatoken.Tokenizer.from_sentencepiece(model), reference
-        self._special = re.compile(b"|".join([*(re.escape(piece.encode()) for piece in special), rb"<0x[0-9A-F]{2}>"]))
+        proto = read_proto(path)
+        self._tokenizer, self._reference = gigatoken.Tokenizer.from_sentencepiece(Path(path).read_bytes()), reference
+        self._cutter = Cutter(proto)
 
     def encode(self, texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """See ``Encoder``."""
-        odd = [number for number, text in enumerate(texts) if self._special.search(text)]
-        if odd:
-            return self._encode_mixed(texts, odd)
+        odd = {number for number, text in enumerate(texts) if self._cutter.special.search(text)}
+        if not odd:
+            return self._encode_plain(texts)
+        cut = [self._cutter.cut(text) if number in odd else [(text, False)] for number, text in enumerate(texts)]
+        parts = [part for document in cut for part in document]
+        encoded = {
+            special: iter(_documents(*encode([text for text, other in parts if other == special])))
+            for special, encode in ((False, self._encode_plain), (True, self._reference.encode))
+            if any(other == special for _, other in parts)
+        }
+        ids = [next(encoded[special]) for _, special in parts]
+        sizes = iter(map(len, ids))
+        lengths = [sum(itertools.islice(sizes, len(document))) for document in cut]
+        return np.concatenate(ids), np.array(lengths, np.int64)
+
+    def _encode_plain(self, texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         layout = self._tokenizer.encode_batch(texts, parallel=False).layout
         offsets = np.asarray(layout.offsets.data, np.int64)
         return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
-
-    def _encode_mixed(self, texts: list[bytes], odd: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        chosen = set(odd)
-        plain = [text for number, text in enumerate(texts) if number not in chosen]
-        fast = _documents(*self.encode(plain)) if plain else []
-        slow = _documents(*self._reference.encode([texts[number] for number in odd]))
-        fast_left, slow_left = iter(fast), iter(slow)
-        documents = [next(slow_left) if number in chosen else next(fast_left) for number in range(len(texts))]
-        return np.concatenate(documents), np.array([len(document) for document in documents], np.int64)
 
 
 def _documents(ids: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
@@ -111,9 +117,8 @@ def make_encoder(path: str | Path, wanted: str = "auto", compare: bool = True) -
         return reference, "encoder: sentencepiece"
     reason = _unfit(path)
     if reason is None:
-        special = [processor.id_to_piece(i) for i in range(processor.vocab_size()) if processor.is_control(i) or processor.is_unknown(i)]
         try:
-            fast = GigatokenEncoder(Path(path).read_bytes(), reference, special)
+            fast = GigatokenEncoder(path, reference)
             hard = [text.encode() for text in [*HARD_STRINGS, *_some_pieces(processor)]]
             reason = _difference(fast, reference, hard) if compare else None
         except (ValueError, RuntimeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import sentencepiece
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from data_prep import encoders
+from data_prep.cutting import Cutter
 from data_prep.duplicates import FINGERPRINT, document_fingerprints, find_duplicates
 from data_prep.encoders import GigatokenEncoder, SampleCheck, SentencePieceEncoder, make_encoder
 from swax_megatron.data.shards import ShardedDataset
-from swax_megatron.hf.tokenizer import HARD_STRINGS
+from swax_megatron.hf.tokenizer import HARD_STRINGS, read_proto
 from tests.texts import EOS, ODD_TEXTS, run_shard, small_tokenizer, texts, write_jsonl
 
 
@@ -173,6 +176,45 @@ def test_gigatoken_gives_sentencepiece_s_ids_on_every_text(model):
         assert np.array_equal(got[0], want[0]) and np.array_equal(got[1], want[1])
 
 
+PIECES = [" ", "  ", "\u2581", "\n", "\t", "</s>", "<s>", "<unk>", "<0x0A>", "<0xFF>", "<s", "1>", "word", "other words", "é", "漢", "x y"]
+
+
+@given(st.lists(st.lists(st.sampled_from(PIECES), max_size=12).map("".join), min_size=1, max_size=4))
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_only_words_with_special_text_go_to_sentencepiece(model, documents):
+    """The ids are the whole document's, wherever it is cut, and no word without special text takes the slow way."""
+    pytest.importorskip("gigatoken")
+    slow = []
+
+    class Recording(SentencePieceEncoder):
+        def encode(self, batch: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+            slow.extend(batch)
+            return super().encode(batch)
+
+    processor = sentencepiece.SentencePieceProcessor(str(model))
+    encoder = GigatokenEncoder(model, Recording(processor))
+    batch = [document.encode() for document in documents]
+    got, want = encoder.encode(batch), SentencePieceEncoder(processor).encode(batch)
+    assert np.array_equal(got[0], want[0]) and np.array_equal(got[1], want[1])
+    special = Cutter(read_proto(model)).special
+    assert all(special.search(text) for text in slow)
+    for text in slow:
+        words = [word for word in re.split(rb"(?<=[^ ]) (?=[^ ])", text) if b"\xe2\x96\x81" not in word]
+        assert all(special.search(word) for word in words), slow
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_model_whose_pieces_reach_over_spaces_is_not_cut(model, prefix):
+    proto = read_proto(model)
+    proto.normalizer_spec.add_dummy_prefix = prefix
+    cutter = Cutter(proto)
+    space = b"" if prefix else b" "
+    assert cutter.cut(b"a b <s> c d") == [(b"a b", False), (space + b"<s>", True), (space + b"c d", False)]
+    assert cutter.cut(b"a <s>x</s>  y<0x41> ") == [(b"a", False), (space + b"<s>x</s>", True), (space + b" y<0x41> ", True)]
+    proto.pieces.add(piece="of\u2581the", score=-1e9, type=proto.SentencePiece.NORMAL)
+    assert Cutter(proto).cut(b"a b <s> c d") == [(b"a b <s> c d", True)]
+
+
 def test_a_difference_stops_the_run(model):
     processor = sentencepiece.SentencePieceProcessor(str(model))
 
@@ -190,7 +232,7 @@ def test_a_difference_stops_the_run(model):
     with pytest.raises(ValueError, match="line 37: wrong gives other ids than sentencepiece"):
         SampleCheck(Wrong(processor), reference, 1.0)(batch, lambda number: f"line {number}")
     assert SampleCheck(Wrong(processor), reference, 0.0)(batch, str) == 0
-    chosen = SampleCheck(encoders.GigatokenEncoder(model.read_bytes(), reference, ["</s>"]), reference, 0.25)(batch, str)
+    chosen = SampleCheck(GigatokenEncoder(model, reference), reference, 0.25)(batch, str)
     assert 2 < chosen < 25
 
 
