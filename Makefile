@@ -37,8 +37,9 @@ test: $(environment) ## the tests (minutes)
 test-matrix: $(environment) ## a cover of all supported parallel layouts against one process (eight processes at most)
 	$(python) -m pytest -m matrix
 
-test-soak: $(environment) ## long runs with faults
-	SWAX_TEST_TASK_SECONDS=1800 $(python) -m pytest -m soak
+test-soak: $(environment) ## long runs with faults, and every fault
+	SWAX_TEST_TASK_SECONDS=1800 $(python) -m pytest -m soak --ignore tests/faults --ignore tests/slurm
+	SWAX_TEST_TASK_SECONDS=1800 $(python) -m pytest tests/faults tests/slurm
 
 reproduce-effect: $(environment) ## the experiment on attention windows: every arm and seed not done yet (a GPU, hours in all), then its report
 	$(python) scripts/reproduce_effect.py
