@@ -89,8 +89,8 @@ def _gather(
 @triton.jit(do_not_specialize=["T", "H", "R", "window"])
 def attention_gradients(
     q_rows, do_rows, k_ptr, v_ptr, start_ptr, end_ptr, lse_ptr, dot_ptr, sums, dk_ptr, dv_ptr,
-    T, H, R, window, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, scale, scale2, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SPLIT: tl.constexpr, DOCUMENTS: tl.constexpr, ADD: tl.constexpr, DT: tl.constexpr,
+    T, H, R, window, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, scale, scale2,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, DOCUMENTS: tl.constexpr, ADD: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     """dk and dv for BN keys of one key/value head, over all query heads that share it, and their share of those heads' dq."""
     s0, g, batch = tl.program_id(0) * BN, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
