@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
         epilog="example:\n  python -m benchmarks.kernel_tiles --cases 'mlstm 7B' 'swa 7B w128' --out tiles.jsonl",
     )
     parser.add_argument("--cases", nargs="+", choices=cases, default=cases, metavar="CASE", help=f"of: {', '.join(cases)}")
-    parser.add_argument("--out", default="kernel_tiles.jsonl", metavar="FILE", help="add a JSON line a candidate (default kernel_tiles.jsonl)")
+    parser.add_argument("--out", default="kernel_tiles.jsonl", metavar="FILE", help="JSON lines are added here (kernel_tiles.jsonl)")
     parser.add_argument("--processes", type=int, default=15, help="processes that compile (default 15)")
     parser.add_argument("--seconds", type=float, default=400, help="start no further candidate after this long (default 400)")
     parser.add_argument("--compile", metavar="I/N", help=argparse.SUPPRESS)
