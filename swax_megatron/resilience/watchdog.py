@@ -179,10 +179,10 @@ class Watchdog(threading.Thread):
             faulthandler.dump_traceback(file, all_threads=True)
 
     def _write_flight_recorder(self) -> None:
-        """The last collectives, as many as TORCH_FR_BUFFER_SIZE says."""
-        dump = getattr(c10d, "_dump_fr_trace_json", None) or getattr(c10d, "_dump_nccl_trace_json", None)
-        if dump is not None:
-            (self.folder / f"rank_{self.rank:05d}_collectives.json").write_bytes(dump())
+        """The last collectives of every backend, as many as TORCH_FR_BUFFER_SIZE says."""
+        for name, recorder in (("nccl_collectives", "_dump_nccl_trace_json"), ("collectives", "_dump_fr_trace_json")):
+            if dump := getattr(c10d, recorder, None):
+                (self.folder / f"rank_{self.rank:05d}_{name}.json").write_bytes(dump())
 
     def _arm(self, seconds: float) -> None:
         """Let faulthandler's own thread, which needs no lock of the interpreter, write the stacks and exit if this one cannot."""

@@ -25,5 +25,5 @@ def test_the_flight_recorder_of_a_hang(corpus: Path, tmp_path: Path) -> None:
     stacks = tmp_path / "run" / "hangs" / "attempt_1"
     for rank in range(processes):
         assert "train_step" in (stacks / f"rank_{rank:05d}.txt").read_text()
-        recorded = json.loads((stacks / f"rank_{rank:05d}_collectives.json").read_text())["entries"]
-        assert any(entry["profiling_name"].startswith("nccl:") for entry in recorded)
+        recorded = json.loads((stacks / f"rank_{rank:05d}_nccl_collectives.json").read_text())["entries"]
+        assert any(entry["profiling_name"].startswith("nccl:") for entry in recorded), recorded[:3]
