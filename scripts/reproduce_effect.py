@@ -1,8 +1,9 @@
-"""The experiment on attention windows: does a short or a stochastic window teach the memory what a large one lets it ignore?
+"""The experiments on attention windows: does a short or a stochastic window teach the memory what a large one lets it ignore?
 
-Every (arm, seed) is one unit: trained through launcher.run, tested by gap at both windows and at longer rows, and kept as
-one file of --results. A unit that was cut off is done again from the start; units add up over as many calls as it takes.
-The report (table with the spread over seeds, plots) is made from the stored units.
+An experiment is a folder: base.yaml (a configuration), arms.yaml (overrides of it by arm) and tests.yaml (the data's command, the
+windows and options of the evaluation). Every (arm, seed) is one unit: trained, tested, and kept as one file of --results.
+Several units run at the same time, a process each, because one alone leaves most of a GPU idle. A unit that is cut off has
+saved a checkpoint, and the next call goes on there, exactly; where its run directory is gone it begins again.
 """
 
 from __future__ import annotations
@@ -11,176 +12,210 @@ import argparse
 import json
 import os
 import platform
-import shutil
+import shlex
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from swax_megatron.config import load_config
-from swax_megatron.eval.plots import line_plot
+from swax_megatron.eval.study import write_report
 from swax_megatron.eval.units import read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE, ARMS = ROOT / "configs/recall/base.yaml", ROOT / "configs/recall/arms.yaml"
+GRACE = 45.0  # seconds that a unit has for its checkpoint when the time is over
+THINNED = 50  # steps of the loss that become one stored mean
 EPILOG = """\
 examples:
-  python scripts/reproduce_effect.py --seeds 1,2,3                        # everything that is not stored yet, then the report
-  python scripts/reproduce_effect.py --arms small,large --minutes 9       # starts no unit that would end after nine minutes
-  python scripts/reproduce_effect.py --report                             # the report of what is stored
+  python scripts/reproduce_effect.py                                      # every unit that is not stored yet, then the report
+  python scripts/reproduce_effect.py --arms small,large --minutes 9       # ends what is not done after nine minutes; call again
+  python scripts/reproduce_effect.py --experiment configs/text --data data/text
+  python -m swax_megatron.eval.study benchmarks/results/effect            # the report of what is stored
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", help="comma-separated (default: all of configs/recall/arms.yaml)")
+    parser.add_argument("--experiment", type=Path, default=ROOT / "configs/recall", help="its folder (default configs/recall)")
+    parser.add_argument("--arms", help="comma-separated (default: all of arms.yaml)")
     parser.add_argument("--seeds", default="1,2,3", help="comma-separated (default 1,2,3)")
-    parser.add_argument("--data", type=Path, default=Path("data/recall"), help="rows; written where missing (default data/recall)")
+    parser.add_argument("--data", type=Path, default=Path("data/recall"), help="data; rows of recall are written where missing")
     parser.add_argument("--work", type=Path, default=Path("runs/effect"), help="run directories (default runs/effect)")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/effect"), help="stored units and the report")
-    parser.add_argument("--test-lengths", default="1024,2048,4096", help="row lengths of the test (default 1024,2048,4096)")
-    parser.add_argument("--test-rows", type=int, default=64, help="test rows of each range of gaps (default 64)")
-    parser.add_argument("--minutes", type=float, help="start no unit that would end later than this, judged by the longest so far")
-    parser.add_argument("--report", action="store_true", help="only write the report")
+    parser.add_argument("--parallel", type=int, default=1, help="units at the same time (default 1)")
+    parser.add_argument("--minutes", type=float, help="end what is not done by then, with a checkpoint")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.field=value", help="overrides of every arm, e.g. train.steps=50")
-    parser.add_argument("--row-options", default="", help='options of data_prep/recall_rows.py, e.g. "--rows 2000 --length 128"')
+    parser.add_argument("--unit", metavar="ARM-SEED", help=argparse.SUPPRESS)  # what this program starts
     options = parser.parse_args(argv)
     try:
-        if not options.report:
-            run_units(options)
+        experiment = Experiment.read(options.experiment)
+        if options.unit:
+            return run_unit(experiment, options)
+        failed = run_units(experiment, options)
         print(write_report(options.results))
-    except (ValueError, subprocess.CalledProcessError) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        return 2
+    except subprocess.CalledProcessError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 1 if failed else 0
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """arms: name -> overrides; tests: write_data (a command), windows, options (of ``python -m swax_megatron.eval``)."""
+
+    folder: Path
+    arms: dict[str, list[str]]
+    tests: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> Experiment:
+        for name in ("base", "arms", "tests"):
+            if not (folder / f"{name}.yaml").exists():
+                raise ValueError(f"--experiment {folder}: has no {name}.yaml; give a folder such as configs/recall")
+        arms, tests = (yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")) for name in ("arms", "tests"))
+        return cls(folder, arms, tests)
+
+    def units(self, options: argparse.Namespace) -> list[str]:
+        """Names of the chosen units, seed by seed."""
+        chosen = options.arms.split(",") if options.arms else list(self.arms)
+        if unknown := [arm for arm in chosen if arm not in self.arms]:
+            raise ValueError(f"--arms {','.join(unknown)}: not in {self.folder / 'arms.yaml'}; it has {', '.join(self.arms)}")
+        try:
+            seeds = [int(seed) for seed in options.seeds.split(",")]
+        except ValueError:
+            raise ValueError(f"--seeds {options.seeds}: give comma-separated numbers, e.g. --seeds 1,2,3") from None
+        return [f"{arm}-{seed}" for seed in seeds for arm in chosen]
+
+
+def run_units(experiment: Experiment, options: argparse.Namespace) -> list[str]:
+    """Run every unit that is not stored; returns the names of those that failed."""
+    if options.parallel < 1:
+        raise ValueError(f"--parallel {options.parallel}: must be at least 1")
+    waiting = [unit for unit in experiment.units(options) if not (options.results / f"{unit}.json").exists()]
+    _need_data(experiment, options.data)
+    options.results.mkdir(parents=True, exist_ok=True)
+    options.work.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + (options.minutes * 60 if options.minutes else float("inf"))
+    running: dict[str, subprocess.Popen] = {}
+    failed = []
+    while waiting or running:
+        while waiting and len(running) < options.parallel and time.monotonic() < end:
+            unit = waiting.pop(0)
+            running[unit] = _start(unit, options)
+        time.sleep(0.5)
+        for unit in [unit for unit, process in running.items() if process.poll() is not None]:
+            code = running.pop(unit).returncode
+            stored = (options.results / f"{unit}.json").exists()
+            failed += [] if stored or code == 75 else [unit]
+            print(f"{unit}: {'stored' if stored else f'exit code {code}, see {options.work / unit}.log'}", file=sys.stderr, flush=True)
+        if time.monotonic() > end:
+            print(f"the time is over: {len(running)} units are cut off, {len(waiting)} were not begun", file=sys.stderr, flush=True)
+            _cut_off(list(running.values()))
+            break
+    return failed
+
+
+def _start(unit: str, options: argparse.Namespace) -> subprocess.Popen:
+    command = [sys.executable, str(Path(__file__).resolve()), "--unit", unit, "--experiment", str(options.experiment)]
+    command += ["--data", str(options.data), "--work", str(options.work), "--results", str(options.results), "--set", *options.set]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    with (options.work / f"{unit}.log").open("a") as log:
+        return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stdout=log, stderr=subprocess.STDOUT)
+
+
+def _cut_off(processes: list[subprocess.Popen]) -> None:
+    """Ask for a checkpoint; end what takes too long."""
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    end = time.monotonic() + GRACE
+    for process in processes:
+        try:
+            process.wait(max(0.1, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _need_data(experiment: Experiment, data: Path) -> None:
+    """Write the data where they are missing and the experiment knows how."""
+    if (data / "train/manifest.json").exists():
+        return
+    if not experiment.tests.get("write_data"):
+        raise ValueError(f"--data {data}: holds no data set train/; docs/effect.md tells how that of {experiment.folder} is written")
+    script, *rest = shlex.split(experiment.tests["write_data"])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+    subprocess.run([sys.executable, str(ROOT / script), "--out", str(data), *rest], env=environment, check=True)
+
+
+def run_unit(experiment: Experiment, options: argparse.Namespace) -> int:
+    """Train, test and store one unit in this process: what it imports takes longer than some of its work."""
+    from swax_megatron import train
+
+    arm, _, seed = options.unit.rpartition("-")
+    run_dir, started = options.work / options.unit, time.perf_counter()
+    manifest = read_json(options.data / "train/manifest.json")
+    rows = manifest.get("recall")
+    fields = [
+        f"run_dir={run_dir}", f"train.model_seed={seed}", f"train.data_seed={seed}", f"train.window_seed={seed}",
+        f"data.train=[{{path: {options.data}/train}}]", f"data.validation=[{{path: {options.data}/validation}}]",
+        f"model.vocab_size={manifest['tokenizer']['vocab_size']}", *([f"data.sequence_length={rows['length']}"] if rows else []),
+        *experiment.arms[arm], *options.set,
+    ]  # fmt: skip
+    if code := train.main([str(experiment.folder / "base.yaml"), *fields]):
+        return int(code)
+    trained = time.perf_counter()
+    unit = _unit(experiment, options, run_dir, rows)
+    seconds = {"train": trained - started, "test": time.perf_counter() - trained}
+    write_json(options.results / f"{options.unit}.json", {"arm": arm, "seed": int(seed), **unit, "seconds": seconds})
     return 0
 
 
-def run_units(options: argparse.Namespace) -> None:
-    """Train and test every unit that is not stored."""
-    arms = yaml.safe_load(ARMS.read_text(encoding="utf-8"))
-    chosen = options.arms.split(",") if options.arms else list(arms)
-    if unknown := [arm for arm in chosen if arm not in arms]:
-        raise ValueError(f"--arms {','.join(unknown)}: not in {ARMS.name}; it has {', '.join(arms)}")
-    seeds = [int(seed) for seed in options.seeds.split(",")]
-    rows = _need_data(options)
-    started, longest = time.monotonic(), 0.0
-    for seed in seeds:
-        for arm in chosen:
-            stored = options.results / f"{arm}-{seed}.json"
-            if stored.exists():
-                continue
-            if options.minutes and time.monotonic() - started + longest > options.minutes * 60:
-                print(f"{options.minutes:g} minutes would be passed: {arm} with seed {seed} and what follows is left", file=sys.stderr)
-                return
-            begun = time.monotonic()
-            unit = _unit(arm, seed, [*arms[arm], *options.set], rows, options)
-            longest = max(longest, time.monotonic() - begun)
-            options.results.mkdir(parents=True, exist_ok=True)
-            write_json(stored, unit)
-            print(f"{arm} with seed {seed}: {unit['seconds']:.0f} s", file=sys.stderr, flush=True)
+def _unit(experiment: Experiment, options: argparse.Namespace, run_dir: Path, rows: dict[str, Any] | None) -> dict[str, Any]:
+    """Tests of a trained run, and what its report needs."""
+    import torch
 
+    from swax_megatron.config import load_config, to_dict
+    from swax_megatron.eval.__main__ import main as evaluate
+    from swax_megatron.model.cost import param_count
 
-def _need_data(options: argparse.Namespace) -> dict[str, Any]:
-    """The recall task of the data, written where it is missing."""
-    if not (options.data / "train/manifest.json").exists():
-        extra = options.row_options.split() or ["--rows", "320000"]
-        _run("data_prep/recall_rows.py", "--out", str(options.data), *extra)
-    return read_json(options.data / "train/manifest.json")["recall"]
-
-
-def _unit(arm: str, seed: int, overrides: list[str], rows: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    run_dir = options.work / f"{arm}-{seed}"
-    shutil.rmtree(run_dir, ignore_errors=True)  # a unit is done whole
-    started = time.perf_counter()
-    vocabulary = 3 + rows["keys"] + rows["values"] + rows["fillers"]
-    fields = [
-        f"run_dir={run_dir}", f"train.model_seed={seed}", f"train.data_seed={seed}", f"train.window_seed={seed}",
-        f"model.vocab_size={vocabulary}", f"data.sequence_length={rows['length']}",
-        f"data.train=[{{path: {options.data}/train}}]", f"data.validation=[{{path: {options.data}/validation}}]", *overrides,
-    ]  # fmt: skip
-    _run("-m", "launcher.run", str(BASE), *fields)
     config = load_config(run_dir / "config.yaml")
-    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    shape = [f"--recall-{name}={rows[name]}" for name in ("keys", "values", "fillers", "pairs")] if rows else []
     tests = {}
-    for window in sorted({16, 256} if "S" in config.model.pattern else {256}):
-        if window > rows["length"]:
-            continue
+    for window in experiment.tests["windows"] if "S" in config.model.pattern else experiment.tests["windows"][-1:]:
         out = run_dir / f"evaluation-{window}"
-        shape = [f"--recall-{name}={rows[name]}" for name in ("keys", "values", "fillers", "pairs")]
-        _run("-m", "swax_megatron.eval", str(run_dir), "--out", str(out), "--recall", f"--recall-lengths={options.test_lengths}",
-             f"--recall-rows={options.test_rows}", f"--window={window}", "--batch=16", *shape)  # fmt: skip
-        tests[str(window)] = read_json(out / "results.json")["recall"]
+        wanted = [option.format(data=options.data) for option in experiment.tests["options"]]
+        if evaluate([str(run_dir), "--out", str(out), f"--window={window}", *wanted, *shape]):
+            raise ValueError(f"the evaluation of {run_dir} at window {window} was refused; its log says why")
+        found = read_json(out / "results.json")
+        tests[str(window)] = {kind: found[kind] for kind in ("recall", "ruler", "perplexity", "memory") if found[kind]}
+    loss = [line["loss/train"] for line in lines]
+    watched = ("recall/", "loss/validation")
     return {
-        "arm": arm,
-        "seed": seed,
-        "overrides": overrides,
+        "parameters": param_count(config.model),
+        "config": {name: to_dict(config)[name] for name in ("model", "window", "optimizer", "train")},
         "rows": rows,
-        "steps": config.train.steps,
         "test_window": config.window.test_window,
-        "loss_train": statistics.fmean(line["loss/train"] for line in metrics[-50:]),
-        "loss_validation": metrics[-1].get("loss/validation"),
-        "recall": tests,
-        "seconds": time.perf_counter() - started,
+        "loss": [[start + THINNED, statistics.fmean(loss[start : start + THINNED])] for start in range(0, len(loss), THINNED)],
+        "curves": [{"step": x["step"] + 1, **{k: v for k, v in x.items() if k.startswith(watched)}} for x in lines if _has(x, watched)],
+        "step_seconds": statistics.median(line["time/step"] for line in lines),
+        "tests": tests,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor() or 'CPU'}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
 
 
-def _run(*command: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
-    subprocess.run([sys.executable, *(str(ROOT / part) if part.endswith(".py") else part for part in command)], env=environment, check=True)
-
-
-def write_report(folder: Path) -> Path:
-    """report.md and a plot a test length: share recalled by gap, mean and range over the seeds of every arm, at its own test window."""
-    units = [read_json(path) for path in sorted(folder.glob("*-*.json"))]
-    if not units:
-        raise ValueError(f"--results {folder} holds no unit yet; run scripts/reproduce_effect.py first")
-    lines = ["# Recall by gap", "", f"Device: {', '.join(sorted({unit['device'] for unit in units}))}."]
-    for window in sorted({window for unit in units for window in unit["recall"]}, key=int):
-        for length in sorted({entry["length"] for unit in units for entry in unit["recall"].get(window, [])}):
-            shares = _shares(units, window, length)
-            gaps = sorted({gap for by_gap in shares.values() for gap in by_gap})
-            head = ["arm (seeds)", *(f"{low}-{high - 1}" for low, high in gaps)]
-            body = [
-                [f"{arm} ({max(map(len, by_gap.values()))})", *(_spread(by_gap.get(gap, [])) for gap in gaps)]
-                for arm, by_gap in shares.items()
-            ]
-            lines += ["", f"## Rows of {length} tokens, test window {window}", "", *_table(head, body)]
-            curves = [(arm, [(gap[0], statistics.fmean(values)) for gap, values in by_gap.items()]) for arm, by_gap in shares.items()]
-            plot = line_plot(folder / f"recall_{length}_window_{window}.png", curves, "gap (tokens)", "share recalled", (0, 1))
-            lines += ["", f"![{plot.stem}]({plot.name})"]
-    report = folder / "report.md"
-    report.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return report
-
-
-def _shares(units: list[dict], window: str, length: int) -> dict[str, dict[tuple[int, int], list[float]]]:
-    """arm -> gap range -> one share a seed."""
-    shares: dict[str, dict[tuple[int, int], list[float]]] = {}
-    for unit in units:
-        for entry in unit["recall"].get(window, []):
-            if entry["length"] == length:
-                for gap in entry["by_gap"]:
-                    shares.setdefault(unit["arm"], {}).setdefault((gap["from"], gap["to"]), []).append(gap["accuracy"])
-    return shares
-
-
-def _spread(values: list[float]) -> str:
-    if not values:
-        return ""
-    middle = f"{statistics.fmean(values):.3f}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.3f}-{max(values):.3f})"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+def _has(line: dict[str, float], prefixes: tuple[str, ...]) -> bool:
+    return any(name.startswith(prefixes) for name in line)
 
 
 if __name__ == "__main__":

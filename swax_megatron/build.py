@@ -11,6 +11,7 @@ from swax_megatron.callbacks.goodput import Goodput
 from swax_megatron.callbacks.guard import SpikeGuard
 from swax_megatron.callbacks.memory import Memory
 from swax_megatron.callbacks.metrics import Metrics
+from swax_megatron.callbacks.recall import Recall
 from swax_megatron.callbacks.stragglers import Stragglers
 from swax_megatron.callbacks.validation import Validation
 from swax_megatron.callbacks.watch import Watch
@@ -39,6 +40,8 @@ def build_trainer(
     metrics: list[Callback] = [SpikeGuard(checkpoints), Stragglers(), Goodput(), Metrics(config.run_dir)]
     if config.monitor.memory_interval:
         metrics.insert(0, Memory())
+    if config.monitor.recall_interval:
+        metrics.insert(0, Recall(data.streams[0].dataset.manifest.get("recall")))
     if config.validation.interval:
         held_out = build_mixture(config, config.data.validation, "validation", config.validation.seed, tokenizer)
         fit_cache(config, [*data.streams, *held_out.streams])

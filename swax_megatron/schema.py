@@ -231,6 +231,9 @@ class MonitorConfig:
     memory_interval: int = _f(
         0, "steps between measurements of every head's memory: horizon, gates, state, attention (docs/evaluation.md); 0: never"
     )
+    recall_interval: int = _f(
+        0, "steps between tests of recall by gap, for rows of data_prep/recall_rows.py (docs/evaluation.md); 0: never"
+    )
     peak_tflops: float | None = _f(
         None, "dense peak of one device for MFU, TFLOP/s; null: known GPUs by name, a measured matrix product elsewhere"
     )

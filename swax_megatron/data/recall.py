@@ -81,6 +81,14 @@ def make_row(task: RecallTask, seed: int, number: int, gap_range: tuple[int, int
     return Row(ids, mask, gaps)
 
 
+def gap_ranges(length: int) -> list[tuple[int, int]]:
+    """Ranges [from, to) of gaps that rows of a length are tested at: [8, 16), [16, 32), ... up to the length."""
+    edges = [8]
+    while edges[-1] * 2 < length:
+        edges.append(edges[-1] * 2)
+    return list(zip(edges, [*edges[1:], length - 4], strict=True))
+
+
 def _gap(task: RecallTask, random: np.random.RandomState, gap_range: tuple[int, int] | None, slots: int) -> int:
     """A gap in slots of two tokens."""
     near = task.near // 2

@@ -31,8 +31,9 @@ def line_plot(
     y_range: tuple[float, float] | None = None,
     *,
     log_x: bool = True,
+    bands: Sequence[Sequence[tuple[float, float, float]]] = (),
 ) -> Path:
-    """Named lines of (x, y) points in one plot, written to ``path``."""
+    """Named lines of (x, y) points in one plot, written to ``path``; bands: of every line, (x, lowest, highest)."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -41,9 +42,12 @@ def line_plot(
     figure = Figure(figsize=(7.5, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for name, points in lines:
+    for index, (name, points) in enumerate(lines):
         ordered = sorted(points)
-        axes.plot([x for x, _ in ordered], [y for _, y in ordered], marker="o", markersize=3, label=name)
+        (drawn,) = axes.plot([x for x, _ in ordered], [y for _, y in ordered], marker="o", markersize=3, label=name)
+        if bands:
+            xs, lowest, highest = zip(*sorted(bands[index]), strict=True)
+            axes.fill_between(xs, lowest, highest, color=drawn.get_color(), alpha=0.15, linewidth=0)
     if log_x:
         axes.set_xscale("log", base=2)
     axes.set_xlabel(x_label)

@@ -7,16 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from swax_megatron.data.recall import RecallTask, make_row
+from swax_megatron.data.recall import RecallTask, gap_ranges, make_row
 from swax_megatron.eval.model import Progress, Subject
-
-
-def gap_ranges(length: int) -> list[tuple[int, int]]:
-    """[8, 16), [16, 32), ... up to the length."""
-    edges = [8]
-    while edges[-1] * 2 < length:
-        edges.append(edges[-1] * 2)
-    return list(zip(edges, [*edges[1:], length - 4], strict=True))
 
 
 def by_gap(subject: Subject, task: RecallTask, rows: int, batch: int, seed: int, progress: Progress) -> dict[str, Any]:

@@ -17,7 +17,14 @@ from swax_megatron.validate.model import check_model, check_window
 from swax_megatron.validate.parallel import check_pipeline, check_row_pieces, check_tensor_parallel, check_world, model_parallel_size
 from swax_megatron.validate.ranges import check_ranges
 from swax_megatron.validate.sharding import check_sharding
-from swax_megatron.validate.training import check_batch_ramp, check_checkpoint, check_kernels, check_optimizer, check_resilience
+from swax_megatron.validate.training import (
+    check_batch_ramp,
+    check_checkpoint,
+    check_kernels,
+    check_monitor,
+    check_optimizer,
+    check_resilience,
+)
 
 __all__ = ["model_parallel_size", "validate", "validate_inputs", "validate_run_dir"]
 
@@ -42,6 +49,7 @@ def validate(config: Config, world_size: int | None = None, cuda: bool | None = 
     check_sharding(config, cuda)
     check_optimizer(config)
     check_checkpoint(config)
+    check_monitor(config)
     check_kernels(config, cuda)
     check_resilience(config, world_size)
 

@@ -17,9 +17,9 @@ AT_LEAST_ONE = (
 NOT_NEGATIVE = (
     "window.check_interval optimizer.min_learning_rate optimizer.warmup optimizer.weight_decay optimizer.clip_grad "
     "optimizer.z_loss data.workers data.prefetch data.retries train.loss_chunk train.steps train.threads validation.interval "
-    "checkpoint.interval checkpoint.keep_last checkpoint.keep_every monitor.memory_interval resilience.spike_threshold "
-    "resilience.spike_patience resilience.max_skips resilience.max_rewinds resilience.hang_factor resilience.straggler_interval "
-    "resilience.fault_rank resilience.fault_step resilience.fault_seconds"
+    "checkpoint.interval checkpoint.keep_last checkpoint.keep_every monitor.memory_interval monitor.recall_interval "
+    "resilience.spike_threshold resilience.spike_patience resilience.max_skips resilience.max_rewinds resilience.hang_factor "
+    "resilience.straggler_interval resilience.fault_rank resilience.fault_step resilience.fault_seconds"
 ).split()
 POSITIVE = (
     "model.rope_base model.gate_cap model.norm_eps model.logit_cap model.init_std optimizer.learning_rate optimizer.eps "

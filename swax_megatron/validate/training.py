@@ -49,6 +49,15 @@ def check_checkpoint(config: Config) -> None:
             raise ValueError(f"checkpoint.allow_change: {name!r} is no field of the configuration; use a full name such as train.steps")
 
 
+def check_monitor(config: Config) -> None:
+    parallel = config.parallel
+    if config.monitor.recall_interval and parallel.tensor * parallel.pipeline * parallel.context > 1:
+        raise ValueError(
+            f"monitor.recall_interval={config.monitor.recall_interval}: the test in training needs parallel.tensor, parallel.pipeline and "
+            "parallel.context of 1; set it to 0 and test a checkpoint with python -m swax_megatron.eval --recall"
+        )
+
+
 def check_kernels(config: Config, cuda: bool | None) -> None:
     if config.kernels.backend != "triton":
         return

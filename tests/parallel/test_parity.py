@@ -15,8 +15,10 @@ gradients, which are then added in fp32. A combination must equal, within the to
 these four; and that plain run one process in bf16. The latter is asked of the first update, before which both have the same
 weights (a second one amplifies whatever the first left): every tensor's gradient, its norm, and the losses. Without tensor
 parallelism little is rounded elsewhere: tensors' gradients agree to 1e-2 of their length. With it partial sums of every
-projection are, and the gradient as a whole is 11 to 16 percent of its length away, as one bf16 process is 14 percent away from
-fp32; no bound on that comparison can see less. It does see a sum that is missing, and fp32 sees the rest of the same code.
+projection are, and the gradient as a whole is 3 to 4 percent of its length away, as one bf16 process is 3 to 5 percent away
+from fp32; no bound on that comparison can see less. A sum that is missing moves tensors by 50 to 70 percent, and fp32 sees the
+rest of the same code. The weight and the bias of an mLSTM gate count as one tensor: the bias's gradient is the sum over all
+tokens of terms that nearly cancel, so that alone it may be all rounding.
 """
 
 from __future__ import annotations
@@ -56,12 +58,12 @@ class Rounding:
 
     loss: float
     grad_norm: float
-    tensor: float  # of each tensor; twice that for the gates' biases, sums over all tokens that nearly cancel
+    tensor: float  # of each tensor; twice that for the mLSTM's gates
     whole: float  # of all together
 
 
-FP32 = Tolerance(5e-6, 1e-5, 5e-6, 1e-4)
-BF16, BF16_TENSOR = Rounding(5e-3, 2e-3, 3e-2, 2e-2), Rounding(5e-3, 4e-2, 0.4, 0.2)
+FP32 = Tolerance(2.5e-6, 5e-6, 2.5e-6, 5e-5)
+BF16, BF16_TENSOR = Rounding(2.5e-3, 2e-3, 2e-2, 1e-2), Rounding(5e-3, 2e-2, 0.2, 0.08)
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "one microbatch of the whole batch": (1, {"train": {"micro_batch_size": 4}}),
     "recompute selective": (1, {"train": {"recompute": "selective"}}),
@@ -131,6 +133,15 @@ def first_gradients(raw: dict[str, Any]) -> dict[str, torch.Tensor]:
 Rounded = tuple[dict[str, list[float]], dict[str, torch.Tensor]]
 
 
+def _lengths(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Of each tensor; a gate's weight and bias are one."""
+    squares: dict[str, float] = {}
+    for name, each in tensors.items():
+        of = name.removesuffix(".weight").removesuffix(".bias")
+        squares[of] = squares.get(of, 0.0) + each.double().square().sum().item()
+    return {name: math.sqrt(square) for name, square in squares.items()}
+
+
 def compare_rounded(run: Rounded, reference: Rounded, within: Rounding) -> None:
     """Two bf16 runs that round elsewhere, by the first update (see above). A run is its history and its first_gradients."""
     (history, gradients), (expected, expected_gradients) = run, reference
@@ -139,10 +150,10 @@ def compare_rounded(run: Rounded, reference: Rounded, within: Rounding) -> None:
         assert history[name] == pytest.approx(expected[name], abs=within.loss, rel=0)
     assert history["optim/grad_norm"][0] == pytest.approx(expected["optim/grad_norm"][0], rel=within.grad_norm, abs=0)
     assert gradients.keys() == expected_gradients.keys()
-    off = {name: (gradients[name] - each).norm().item() for name, each in expected_gradients.items()}
-    length = {name: each.norm().item() for name, each in expected_gradients.items()}
+    length = _lengths(expected_gradients)
+    off = _lengths({name: gradients[name] - each for name, each in expected_gradients.items()})
     whole = math.hypot(*off.values()) / math.hypot(*length.values())
-    allowed = {name: within.tensor * (2.0 if name.endswith("gate_proj.bias") else 1.0) for name in off}
+    allowed = {name: within.tensor * (2.0 if name.endswith(("igate_proj", "fgate_proj")) else 1.0) for name in off}
     worst = max(off, key=lambda name: off[name] / (length[name] * allowed[name]))
     if os.environ.get("SWAX_SHOW"):
         norm = history["optim/grad_norm"][0] / expected["optim/grad_norm"][0] - 1.0

@@ -10,13 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from swax_megatron.data.recall import RecallTask, make_row
+from swax_megatron.data.recall import RecallTask, gap_ranges, make_row
 from swax_megatron.data.shards import ShardedDataset
 from swax_megatron.eval import model as eval_model
 from swax_megatron.eval.__main__ import main
 from swax_megatron.eval.model import open_subject
 from swax_megatron.eval.perplexity import position_edges, token_losses
-from swax_megatron.eval.recall import gap_ranges
 from swax_megatron.hf.configuration_swax import SwaxConfig
 from swax_megatron.hf.modeling_swax import SwaxForCausalLM
 from swax_megatron.hf.tokenizer import export_tokenizer
