@@ -1,8 +1,10 @@
 """Time the mLSTM and sliding-window attention kernels against others, on one GPU.
 
 Prints one JSON line a case: shape, milliseconds (median of `triton.testing.do_bench`) forward and forward + backward for ours and
-for each peer found, in the same process, with the device and the versions. Peers: `mlstm_kernels` (`xl_chunk`, several chunk
-lengths, the fastest counts; contiguous (B, H, T, D) inputs as it wants them) if it is installed, and FlexAttention compiled.
+for each peer found, in the same process, with the device and the versions; TFLOP/s and TB/s of the least work, the ratio to the floor
+it sets, peak memory, and how many times faster ours is. Peers: `mlstm_kernels` (`xl_chunk`, several chunk lengths, the fastest counts;
+the cell alone on contiguous (B, H, T, D) inputs, and with soft caps, transposes, norm and output gate) if it is installed,
+FlexAttention compiled, and torch's FlashAttention-2 with its window. `offsets` cases check tensors of more than 2^31 elements.
 Random data; our results are first compared with the reference.
 """
 
@@ -23,18 +25,24 @@ MLSTM = {  # name: batch, time, heads, d_qk, d_v
     "1.4B long": (1, 16384, 4, 256, 512),
     "mid": (4, 4096, 8, 128, 256),
     "small": (8, 2048, 8, 64, 128),
+    "131k": (1, 131072, 8, 256, 512),
 }
 SWA = {  # name: time, heads, key/value heads, head size, window
     "7B w128": (16384, 32, 8, 128, 128),
     "7B w512": (16384, 32, 8, 128, 512),
     "7B w2048": (16384, 32, 8, 128, 2048),
+    "7B 131k w2048": (131072, 32, 8, 128, 2048),
     "1.4B w128": (16384, 16, 16, 128, 128),
+    "1.4B w512": (16384, 16, 16, 128, 512),
     "1.4B w2048": (16384, 16, 16, 128, 2048),
 }
 
 
+COPY, MATRIX = 3.03, 730.0  # measured ceilings of an H100: TB/s read and written, TFLOP/s of dense bfloat16
+
+
 def timed(function: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> dict[str, float]:
-    """Median milliseconds of the forward pass without a graph, and of forward + backward."""
+    """Median milliseconds of the forward pass without a graph, and of forward + backward; peak MiB above the inputs of the latter."""
     from triton.testing import do_bench
 
     with torch.no_grad():
@@ -44,7 +52,30 @@ def timed(function: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> 
     def both() -> None:
         torch.autograd.grad(function(*inputs), inputs, cotangent)
 
-    return {"forward_ms": round(forward, 4), "forward_backward_ms": round(do_bench(both, warmup=15, rep=60, return_mode="median"), 4)}
+    milliseconds = do_bench(both, warmup=15, rep=60, return_mode="median")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    both()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return {"forward_ms": round(forward, 4), "forward_backward_ms": round(milliseconds, 4), "peak_mib": round(peak)}
+
+
+def rated(times: dict[str, Any], flops: tuple[float, float], read_written: tuple[float, float]) -> dict[str, Any]:
+    """Add achieved TFLOP/s, TB/s and the ratio to the floor. flops, read_written (bytes): the least, forward and forward + backward."""
+    for name, count, size in zip(("forward", "forward_backward"), flops, read_written, strict=True):
+        if f"{name}_ms" in times:
+            seconds = times[f"{name}_ms"] / 1e3
+            times[f"{name}_tflops"] = round(count / seconds / 1e12, 1)
+            times[f"{name}_tbps"] = round(size / seconds / 1e12, 3)
+            times[f"{name}_over_floor"] = round(seconds * 1e12 / max(count / MATRIX, size / COPY), 2)
+    return times
+
+
+def compared(result: dict[str, Any], ours: str, peer: str) -> None:
+    """Add how many times faster ours is."""
+    if "forward_ms" in result.get(peer, {}):
+        key = f"{ours} / {peer}"
+        result[key] = {x: round(result[peer][f"{x}_ms"] / result[ours][f"{x}_ms"], 3) for x in ("forward", "forward_backward")}
 
 
 def mlstm_case(name: str, peers: bool) -> dict[str, Any]:
@@ -63,22 +94,68 @@ def mlstm_case(name: str, peers: bool) -> dict[str, Any]:
         error = float((mlstm(*inputs, backend="triton").float() - expected).norm() / expected.norm())
         del expected
     result: dict[str, Any] = {"shape": dict(zip(("B", "T", "H", "d_qk", "d_v"), MLSTM[name], strict=True)), "error": round(error, 5)}
-    result["ours, cell"] = timed(lambda *x: mlstm(*x, backend="triton"), inputs)
-    result["ours, cell + norm + output gate"] = timed(lambda *x: mlstm_fused(*x, backend="triton"), [*inputs, ogate, weight])
+    pairs, tokens = d_qk * d_v, batch * length * heads  # the recurrence: 4 d_qk d_v operations a token and head, twice that backward
+    flops = (4 * pairs * tokens, 12 * pairs * tokens)
+    cell = tuple(2 * tokens * n for n in (2 * d_qk + 2 * d_v, 6 * d_qk + 5 * d_v))
+    core = tuple(2 * tokens * n for n in (2 * d_qk + 3 * d_v, 6 * d_qk + 8 * d_v))
+    result["ours, cell"] = rated(timed(lambda *x: mlstm(*x, backend="triton"), inputs), flops, cell)
+    whole = [*inputs, ogate, weight]
+    result["ours, mixer core"] = rated(timed(lambda *x: mlstm_fused(*x, backend="triton"), whole), flops, core)
     if peers and importlib.util.find_spec("mlstm_kernels"):
         from mlstm_kernels.torch.chunkwise.triton_xl_chunk import mlstm_chunkwise__xl_chunk
 
         dense = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in inputs]
         runs = {}
-        for chunk in (128, 256):
+        for chunk in (64, 128, 256):
 
             def run(*x: torch.Tensor, chunk: int = chunk) -> torch.Tensor:
                 return mlstm_chunkwise__xl_chunk(*x, chunk_size=chunk, autocast_kernel_dtype=torch.bfloat16)
 
-            runs[chunk] = timed(run, dense)
+            try:
+                runs[chunk] = timed(run, dense)
+            except Exception as problem:  # a chunk length that the peer has no room for is no peer
+                result[f"mlstm_kernels, chunk {chunk}"] = {"problem": repr(problem)[:200]}
         best = min(runs, key=lambda chunk: runs[chunk]["forward_backward_ms"])
-        result["mlstm_kernels xl_chunk, cell"] = {**runs[best], "chunk": best}
+        result["mlstm_kernels, cell"] = rated({**runs[best], "chunk": best}, flops, cell)
+        del dense
+
+        def peer_core(q, k, v, i, f, o, scale):
+            """The peer's layer between projections: soft caps, transposes, cell, per-head norm in float32, output gate; eager."""
+            i, f = (15 * torch.tanh(x / 15) for x in (i, f))
+            h = mlstm_chunkwise__xl_chunk(
+                *(x.transpose(1, 2).contiguous() for x in (q, k, v, i, f)), chunk_size=best, autocast_kernel_dtype=torch.bfloat16
+            )
+            h = torch.nn.functional.layer_norm(h.transpose(1, 2).float(), (d_v,), eps=1e-6) * scale.view(heads, d_v)
+            return torch.sigmoid(o) * h.to(o.dtype)
+
+        result["mlstm_kernels, mixer core"] = rated(timed(peer_core, whole), flops, core)
+        compared(result, "ours, cell", "mlstm_kernels, cell")
+        compared(result, "ours, mixer core", "mlstm_kernels, mixer core")
     return result
+
+
+def flash_windowed(window: int) -> Callable[..., torch.Tensor]:
+    """torch's own FlashAttention-2 with a window, forward and backward, on (B, T, H, D)."""
+
+    class Flash(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            size = q.shape[1], k.shape[1], 0.0, True
+            o, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(
+                q, k, v, None, None, *size, False, window_size_left=window - 1, window_size_right=0
+            )
+            ctx.save_for_backward(q, k, v, o, lse, state, unused)
+            return o
+
+        @staticmethod
+        def backward(ctx, do):
+            q, k, v, o, lse, state, unused = ctx.saved_tensors
+            size = q.shape[1], k.shape[1], 0.0, True
+            return torch.ops.aten._flash_attention_backward(
+                do, q, k, v, o, lse, None, None, *size, state, unused, window_size_left=window - 1, window_size_right=0
+            )
+
+    return Flash.apply
 
 
 def swa_case(name: str, peers: bool) -> dict[str, Any]:
@@ -93,19 +170,60 @@ def swa_case(name: str, peers: bool) -> dict[str, Any]:
         error = float((swa(*part, window, backend="triton").float() - expected).norm() / expected.norm())
         del expected
     result: dict[str, Any] = {"shape": dict(zip(("T", "H", "H_kv", "d", "window"), SWA[name], strict=True)), "error": round(error, 5)}
-    result["ours"] = timed(lambda *x: swa(*x, window, backend="triton"), inputs)
+    pairs = heads * (length * min(window, length) - min(window, length) * (min(window, length) - 1) // 2)
+    size = 2 * length * d
+    least = (4 * d * pairs, 14 * d * pairs), (size * (2 * heads + 2 * kv_heads), size * (6 * heads + 6 * kv_heads))
+    result["ours"] = rated(timed(lambda *x: swa(*x, window, backend="triton"), inputs), *least)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that would be timed as well
+    torch.use_deterministic_algorithms(True)
+    result["ours, deterministic"] = rated(timed(lambda *x: swa(*x, window, backend="triton"), inputs), *least)
+    torch.use_deterministic_algorithms(False)
     if peers:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+        try:
+            result["FlashAttention-2 in torch"] = rated(timed(flash_windowed(window), inputs), *least)
+        except (RuntimeError, NotImplementedError) as problem:
+            result["FlashAttention-2 in torch"] = {"problem": repr(problem)[:200]}
         mask = create_block_mask(lambda b, h, t, s: (t >= s) & (t - s < window), None, None, length, length, device="cuda")
         compiled = torch.compile(flex_attention, dynamic=False)
         dense = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in inputs]
-        result["FlexAttention, compiled"] = timed(lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=True), dense)
+        run = timed(lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=True), dense)
+        result["FlexAttention, compiled"] = rated(run, *least)
+        for peer in ("FlexAttention, compiled", "FlashAttention-2 in torch"):
+            compared(result, "ours", peer)
+            compared(result, "ours, deterministic", peer)
     return result
+
+
+def offsets_case(name: str, peers: bool) -> dict[str, Any]:
+    """More than 2^31 elements a tensor: the last row of the batch, outputs and gradients, must have the bits it has alone."""
+    from swax_megatron.kernels.mlstm import mlstm
+    from swax_megatron.kernels.swa import swa
+
+    torch.manual_seed(0)
+    if name == "mlstm":
+        shapes = [(2, 262_400, 8, d) for d in (256, 256, 512)]
+        inputs = [torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shapes]
+        inputs += [torch.randn(shapes[0][:3], device="cuda") + mean for mean in (-4.0, 4.5)]
+    else:
+        inputs = [torch.randn(5, 131_072, n, 128, device="cuda", dtype=torch.bfloat16) for n in (32, 8, 8)]
+    cotangent = torch.randn_like(inputs[2] if name == "mlstm" else inputs[0])
+
+    def run(tensors: list[torch.Tensor], do: torch.Tensor) -> list[torch.Tensor]:
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        out = mlstm(*leaves, backend="triton") if name == "mlstm" else swa(*leaves, 128, backend="triton")
+        return [x[-1:].clone() for x in (out.detach(), *torch.autograd.grad(out, leaves, do))]
+
+    together = run(inputs, cotangent)
+    alone = run([x[-1:].clone() for x in inputs], cotangent[-1:].clone())
+    same = [bool(torch.equal(a, b)) for a, b in zip(together, alone, strict=True)]
+    return {"largest_tensor_elements": cotangent.numel(), "last_row_has_the_same_bits": same}
 
 
 def main(argv: list[str] | None = None) -> int:
     cases = {f"mlstm {n}": (mlstm_case, n) for n in MLSTM} | {f"swa {n}": (swa_case, n) for n in SWA}
+    cases |= {f"offsets {n}": (offsets_case, n) for n in ("mlstm", "swa")}
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.kernels",
         description=__doc__,

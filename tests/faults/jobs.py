@@ -34,6 +34,11 @@ def config(corpus: Path, run_dir: Path, steps: int = 8, interval: int = 3, **sec
     )
 
 
+def python_path() -> str:
+    """This checkout first, then what the tests themselves were started with."""
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
 class Job:
     """A started job. ``code``: its exit code once it ended."""
 
@@ -45,7 +50,7 @@ class Job:
         self.log = self.run_dir.with_suffix(".log")
         module = ["launcher.run"] if processes > 1 else ["swax_megatron.train"]
         options = ["--processes", str(processes)] if processes > 1 else []
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": python_path()}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", *module, str(path), *overrides, *options], cwd=ROOT, stdout=log, stderr=log, env=environment

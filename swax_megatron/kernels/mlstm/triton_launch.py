@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import triton_cell as cell
 from . import triton_gates as gates
+from . import triton_march as march
 from . import triton_norm as norm
 
 
@@ -41,6 +42,7 @@ class Config:
     pairs: Tile
     gradients: Tile
     scan_block: int = 1024
+    march: Tile | None = None  # one kernel for the states of all chunks instead of two (`triton_march.py`)
 
 
 def _config(chunk: int, block: int, d_qk: int, d_v: int, outputs: Tile, gradients: Tile) -> Config:
@@ -147,6 +149,8 @@ def _scanned(x, y, weight, norm_weight, decay, start, end, others: tuple[Tensor,
     dt, product = _PRODUCT[x.dtype]
     states = torch.empty(bh, chunks, d_k, d_v, device=x.device, dtype=product)
     norms = torch.empty(bh, chunks, d_k, device=x.device, dtype=torch.float32)
+    if config.march is not None:
+        return _marched(x, y, weight, norm_weight, decay, states, norms, start, end, others, config)
     tile = config.updates.sizes
     cell.chunk_updates[(d_k // tile["BK"] * (d_v // tile["BV"]), chunks, bh)](
         x, y, weight, norm_weight, states, norms, length, heads, chunks, *_strides(x), *_strides(y),
@@ -158,6 +162,20 @@ def _scanned(x, y, weight, norm_weight, decay, start, end, others: tuple[Tensor,
         states, norms, decay, *start, *(others or (states, norms)), *end, norms if passed is None else passed, chunks,
         K=d_k, V=d_v, BLOCK=config.scan_block, START=start[0] is not None, END=end[0].numel() > 0, REVERSE=others is not None,
         num_warps=8 if others is None else 2,
+    )  # fmt: skip
+    return states, norms, passed
+
+
+def _marched(x, y, weight, norm_weight, decay, states, norms, start, end, others, config: Config):
+    batch, length, heads, d_k = x.shape
+    d_v, bh, chunks = y.shape[-1], batch * heads, decay.shape[1]
+    tile = config.march.sizes
+    tiles = d_k // tile["BK"] * (d_v // tile["BV"] + 1)
+    passed = None if others is None else torch.empty(bh, chunks, tiles, device=x.device, dtype=torch.float32)
+    march.march_states[(tiles, bh)](
+        x, y, weight, norm_weight, decay, states, norms, *start, *(others or (states, norms)), *end, norms if passed is None else passed,
+        length, heads, chunks, *_strides(x), *_strides(y), K=d_k, V=d_v, LC=config.chunk, DT=_PRODUCT[x.dtype][0],
+        START=start[0] is not None, END=end[0].numel() > 0, REVERSE=others is not None, **config.march.options(),
     )  # fmt: skip
     return states, norms, passed
 

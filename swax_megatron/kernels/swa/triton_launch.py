@@ -9,8 +9,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import triton_kernels as kernels
+from . import triton_onepass as onepass
 
 
 class Tile(NamedTuple):
@@ -35,6 +37,7 @@ class Config(NamedTuple):
     forward: Tile
     dq: Tile
     dkv: Tile
+    onepass: tuple[Tile, int] | None = None  # dq, dk and dv together, and how dq is added (`triton_onepass.py`); not deterministic
 
 
 NARROW = 512  # windows up to this use the first table: few key blocks a query, no loop for the unmasked ones
@@ -81,6 +84,8 @@ def forward(q, k, v, window: int, start: Tensor | None, softmax_scale: float, co
 def backward(q, k, v, o, lse, do, window: int, start: Tensor | None, end: Tensor | None, softmax_scale: float, config: Config):
     """dq, dk, dv. end: (B, T) int32, one past the last token of each token's document."""
     batch, length, heads, d = q.shape
+    if config.onepass is not None and not torch.are_deterministic_algorithms_enabled():
+        return _one_pass(q, k, v, o, lse, do, window, start, end, softmax_scale, *config.onepass)
     groups = k.shape[2]
     q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
     dot = torch.empty_like(lse)
@@ -96,4 +101,26 @@ def backward(q, k, v, o, lse, do, window: int, start: Tensor | None, end: Tensor
     kernels.attention_dkv[(triton.cdiv(length, config.dkv.keys), groups, batch)](
         q, k, v, do, anchor, end, lse, dot, dk, dv, *sizes, *scales, **fixed, **config.dkv.options()
     )
+    return dq, dk, dv
+
+
+def _one_pass(q, k, v, o, lse, do, window: int, start, end, softmax_scale: float, tile: Tile, add: int):
+    batch, length, heads, d = q.shape
+    groups = k.shape[2]
+    q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
+    dot = torch.empty_like(lse)
+    dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
+    padded = (length + 3) // 4 * 4  # a descriptor's rows begin at multiples of 16 bytes
+    shape = (batch * heads * d, padded) if add == 3 else (batch * heads * length, d)
+    sums = torch.empty(shape, device=q.device, dtype=torch.float32)
+    grid = (triton.cdiv(length, 64), heads, batch)
+    onepass.row_dots[grid](do, o, dot, sums, length, heads, padded, *_strides(do), D=d, BM=64, ADD=add, num_warps=4)
+    block = [d, tile.queries] if add == 3 else [tile.queries, d]
+    onepass.attention_gradients[(triton.cdiv(length, tile.keys), groups, batch)](
+        *(TensorDescriptor.from_tensor(x, [1, tile.queries, 1, d]) for x in (q, do)), k, v, lse if start is None else start, end, lse, dot,
+        TensorDescriptor.from_tensor(sums, block) if add > 1 else sums, dk, dv,
+        length, heads, heads // groups, min(window, length), *_strides(k), *_strides(v),
+        softmax_scale, softmax_scale * math.log2(math.e), D=d, DOCUMENTS=start is not None, ADD=add, DT=_TYPES[q.dtype], **tile.options(),
+    )  # fmt: skip
+    onepass.finish_dq[grid](sums, dq, length, heads, padded, softmax_scale, D=d, BM=64, ADD=add, num_warps=4)
     return dq, dk, dv
