@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.duplicates import FINGERPRINTS, document_fingerprints
-from data_prep.encoders import SampleCheck, SentencePieceEncoder, load_tokenizer, make_encoder
+from data_prep.encoders import Encoder, SampleCheck, SentencePieceEncoder, load_tokenizer, make_encoder
 from data_prep.fetch import local_copy
 from data_prep.filters import Filter
 from data_prep.inputs import Input
@@ -51,10 +51,11 @@ class Counts:
 class SegmentEncoder:
     """Reads, filters, encodes and writes segments, one after another. The encoder of ``options`` was tried by the caller."""
 
-    def __init__(self, options: EncodeOptions, work: WorkFolder) -> None:
+    def __init__(self, options: EncodeOptions, work: WorkFolder, encoder: Encoder | None = None) -> None:
+        """encoder: that of ``options``, where it was made already."""
         processor = load_tokenizer(options.tokenizer)
         self._options, self._work = options, work
-        self._encoder, _ = make_encoder(options.tokenizer, options.encoder, compare=False)
+        self._encoder = encoder or make_encoder(options.tokenizer, options.encoder, compare=False)[0]
         self._check = SampleCheck(self._encoder, SentencePieceEncoder(processor), options.check_ids)
         self._eos, self._vocab_size, self._dtype = processor.eos_id(), processor.vocab_size(), id_dtype(processor.vocab_size())
         self._reader = SegmentReader(options.read, self._local)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from data_prep.encoders import Encoder
 from data_prep.encoding import Counts, EncodeOptions, SegmentEncoder
 from data_prep.joining import Group, join
 from data_prep.segments import Segment, Task
@@ -19,10 +21,10 @@ Job = Segment | Group
 
 
 class Worker:
-    """Does jobs in this process."""
+    """Does jobs in this process, with the encoder given or, without one, that of the options."""
 
-    def __init__(self, options: EncodeOptions, work: WorkFolder) -> None:
-        self._options, self._work = options, work
+    def __init__(self, options: EncodeOptions, work: WorkFolder, encoder: Encoder | None = None) -> None:
+        self._options, self._work, self._made = options, work, encoder
         self._encoder: SegmentEncoder | None = None
 
     def do(self, job: Job, report: Callable[[Counts], None]) -> dict[str, Any]:
@@ -30,26 +32,36 @@ class Worker:
         if isinstance(job, Group):
             return join(job, self._work)
         if self._encoder is None:
-            self._encoder = SegmentEncoder(self._options, self._work)
+            self._encoder = SegmentEncoder(self._options, self._work, self._made)
         return self._encoder(job, report)
 
 
 class _Process:
-    """A worker in a process of its own, at the other end of a pipe."""
+    """A worker in a process of its own, at the other end of a pipe.
 
-    def __init__(self, options: EncodeOptions, work: WorkFolder) -> None:
-        context = multiprocessing.get_context("spawn")  # inherits nothing: the pipe's end tells the child that its parent is gone
+    It is a fork, which has the encoder and all modules at once (two seconds of processor time each), where no other thread
+    runs that could hold a lock, such as that of a remote file system; else it begins anew and makes its own encoder.
+    """
+
+    def __init__(self, options: EncodeOptions, work: WorkFolder, encoder: Encoder | None, others: list[Connection]) -> None:
+        """others: the pipes of earlier processes."""
+        forked = threading.active_count() == 1
+        context = multiprocessing.get_context("fork" if forked else "spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, options, work), daemon=True)
+        inherited = (encoder, [*others, self.pipe]) if forked else (None, [])
+        self.process = context.Process(target=_serve, args=(theirs, options, work, *inherited), daemon=True)
         self.process.start()
         theirs.close()
         self.job: Job | None = None
 
 
-def _serve(pipe: Connection, options: EncodeOptions, work: WorkFolder) -> None:
-    """Do what comes through the pipe until the parent closes it."""
+def _serve(pipe: Connection, options: EncodeOptions, work: WorkFolder, encoder: Encoder | None, others: list[Connection]) -> None:
+    """Do what comes through the pipe until the parent closes it. others: the parent's ends of pipes, where they were inherited."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    worker = Worker(options, work)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for each in others:
+        each.close()  # only the parent may hold them: that they are closed tells every child that it is gone
+    worker = Worker(options, work, encoder)
     try:
         while True:
             job = pipe.recv()
@@ -120,11 +132,12 @@ class _Queue:
 
 @dataclass
 class Pool:
-    """Runs jobs in ``workers`` processes (1: in this one)."""
+    """Runs jobs in ``workers`` processes (1: in this one). encoder: that of ``options``, where it was made already."""
 
     options: EncodeOptions
     work: WorkFolder
     workers: int
+    encoder: Encoder | None = None
     _processes: list[_Process] = field(default_factory=list)
     _alone: Worker | None = None
 
@@ -168,7 +181,7 @@ class Pool:
 
     def _run(self, pick: Callable[[_Process | None], Job | None], report: Callable[[Counts], None]) -> Iterator[tuple[Job, dict[str, Any]]]:
         if self.workers == 1:
-            self._alone = self._alone or Worker(self.options, self.work)
+            self._alone = self._alone or Worker(self.options, self.work, self.encoder)
             while (job := pick(None)) is not None:
                 yield job, self._alone.do(job, report)
             return
@@ -208,7 +221,7 @@ class Pool:
             if process.job is None:
                 yield process
         while len(self._processes) < self.workers:
-            process = _Process(self.options, self.work)
+            process = _Process(self.options, self.work, self.encoder, [each.pipe for each in self._processes])
             self._processes.append(process)
             yield process
 

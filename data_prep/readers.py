@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.inputs import Input
-from data_prep.records import go_to_line, json_text, line_number, lines, warc_texts
+from data_prep.records import go_to_line, json_text, line_number, lines, plain_json_text, warc_texts
 from data_prep.segments import Segment
 from data_prep.streams import BLOCK, ByteStream
 
@@ -162,14 +162,9 @@ class SegmentReader:
         try:
             if data is None:
                 self._too_long()
-            text = self._decoded(data)
             if key is not None:
-                value = self._json(text, key)
-                try:
-                    data = value.encode()
-                except UnicodeEncodeError:  # a lone surrogate, which JSON can escape and UTF-8 cannot hold
-                    data = self._decoded(value.encode("utf-8", "surrogatepass")).encode()
-            elif self._options.invalid_utf8 == "replace":
+                data = self._json(data, key)
+            elif (text := self._decoded(data)) and self._options.invalid_utf8 == "replace":
                 data = text.encode()
         except _Skip as skip:
             batch.skip(str(skip))
@@ -196,13 +191,20 @@ class SegmentReader:
                 return data.decode("utf-8", "replace")
             raise ValueError(f"not valid UTF-8 at byte {error.start}; use --invalid-utf8 skip or replace") from error
 
-    def _json(self, text: str, key: str) -> str:
+    def _json(self, line: bytes, key: str) -> bytes:
+        if (plain := plain_json_text(line, key)) is not None:
+            return plain
+        text = self._decoded(line)
         try:
-            return json_text(text, key)
+            value = json_text(text, key)
         except ValueError as error:
             if self._options.bad_records == "skip":
                 raise _Skip("malformed") from error
             raise
+        try:
+            return value.encode()
+        except UnicodeEncodeError:  # a lone surrogate, which JSON can escape and UTF-8 cannot hold
+            return self._decoded(value.encode("utf-8", "surrogatepass")).encode()
 
 
 class _Skip(Exception):

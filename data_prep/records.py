@@ -7,6 +7,11 @@ from collections.abc import Iterator
 
 from data_prep.streams import BLOCK, ByteStream
 
+try:
+    import orjson
+except ImportError:  # only slower
+    orjson = None
+
 
 def go_to_line(stream: ByteStream, start: int) -> None:
     """Go to the first line that begins at or after a position."""
@@ -63,6 +68,15 @@ def line_number(stream: ByteStream, position: int) -> int:
         again.advance(again.base + len(again.buffer))
     again.close()
     return number
+
+
+def plain_json_text(line: bytes, key: str) -> bytes | None:
+    """The UTF-8 of the string under a key of a JSON object, read by the faster library; None where ``json_text`` must look."""
+    try:
+        value = orjson.loads(line)[key] if orjson else None
+    except (ValueError, KeyError, TypeError, IndexError):
+        return None
+    return value.encode() if isinstance(value, str) else None
 
 
 def json_text(text: str, key: str) -> str:

@@ -100,7 +100,7 @@ def _encode(args: argparse.Namespace, work: WorkFolder, tasks: list[Task], pool:
         return
     encoder, sentence = make_encoder(pool.options.tokenizer, pool.options.encoder)
     print(sentence, file=sys.stderr, flush=True)
-    pool.options = replace(pool.options, encoder=encoder.name)
+    pool.options, pool.encoder = replace(pool.options, encoder=encoder.name), encoder
     progress = cli.Progress("sharding", bytes_left if known else None)
     checked = pool.encode(todo, lambda counts: progress.add(counts.raw_bytes, counts.text_bytes, counts.documents))
     progress.finish(f"{checked} documents compared with sentencepiece" if checked else "")

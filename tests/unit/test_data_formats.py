@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from data_prep.cutting import Cutter
 from data_prep.duplicates import FINGERPRINT, document_fingerprints, find_duplicates
-from data_prep.encoders import GigatokenEncoder, SampleCheck, SentencePieceEncoder, make_encoder
+from data_prep.encoders import GigatokenEncoder, SampleCheck, SentencePieceEncoder, gigatoken_json, make_encoder
+from data_prep.records import json_text, plain_json_text
 from swax_megatron.data.shards import ShardedDataset
 from swax_megatron.hf.tokenizer import HARD_STRINGS, read_proto
 from tests.texts import EOS, ODD_TEXTS, run_shard, small_tokenizer, texts, write_jsonl
@@ -145,6 +146,27 @@ def test_bad_records_can_be_skipped(tmp_path, model):
     assert (skipped["malformed"], skipped["too_long"]) == (3, 1)
 
 
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from(["text", "t", "\u00e9"]), st.text() | st.none() | st.lists(st.floats())), st.booleans())
+def test_the_faster_json_reader_gives_the_same_text_or_none(record, ascii_only):
+    line = json.dumps(record, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+    found = plain_json_text(line, "text")
+    if isinstance(record.get("text"), str):
+        assert json_text(line.decode("utf-8", "surrogatepass"), "text") == record["text"]
+        assert found is None or found.decode() == record["text"]
+    else:
+        assert found is None
+
+
+ODD_LINES = (b"", b"[]", b"3", b'"text"', b'{"text": 1}', b'{"text": NaN}', b'{"text": "\\ud800"}', b'{"text": "\xff"}', b'{"text": "a"')
+
+
+@pytest.mark.parametrize("line", ODD_LINES)
+def test_the_faster_json_reader_leaves_odd_lines_to_the_other(line):
+    assert plain_json_text(line, "text") is None
+    assert plain_json_text(b'{"text": "a", "text": "b"}', "text") == b"b"
+
+
 def test_duplicates_in_many_partitions(tmp_path):
     """The first of equal documents stays, whatever the memory; 20,000 documents in 7 pieces against a set."""
     random = np.random.default_rng(0)
@@ -199,7 +221,7 @@ def test_only_words_with_special_text_go_to_sentencepiece(model, documents):
     special = Cutter(read_proto(model)).special
     assert all(special.search(text) for text in slow)
     for text in slow:
-        words = [word for word in re.split(rb"(?<=[^ ]) (?=[^ ])", text) if b"\xe2\x96\x81" not in word]
+        words = [word for word in re.split(rb"(?<=[^ ])(?<!\xe2\x96\x81) (?=[^ ])", text) if b"\xe2\x96\x81" not in word]
         assert all(special.search(word) for word in words), slow
 
 
@@ -213,6 +235,18 @@ def test_a_model_whose_pieces_reach_over_spaces_is_not_cut(model, prefix):
     assert cutter.cut(b"a <s>x</s>  y<0x41> ") == [(b"a", False), (space + b"<s>x</s>", True), (space + b" y<0x41> ", True)]
     proto.pieces.add(piece="of\u2581the", score=-1e9, type=proto.SentencePiece.NORMAL)
     assert Cutter(proto).cut(b"a b <s> c d") == [(b"a b <s> c d", True)]
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_gigatoken_s_own_conversion_is_the_same(model, prefix):
+    from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
+
+    proto = read_proto(model)
+    proto.normalizer_spec.add_dummy_prefix = prefix
+    mine, theirs = json.loads(gigatoken_json(proto)), json.loads(sentencepiece_to_tokenizer_json(proto.SerializeToString()))
+    for part in (mine, theirs):
+        part["model"] = {key: value for key, value in part["model"].items() if value is not None}
+    assert mine == {key: value for key, value in theirs.items() if value is not None or key in mine}
 
 
 def test_a_difference_stops_the_run(model):

@@ -62,14 +62,14 @@ def finished(out: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if ".tmp-" not in path.name} if folder.is_dir() else set()
 
 
-# runs shard.py until its operation number COUNT on a file whose name holds FRAGMENT, and is killed right before that one
+# runs shard.py until its main process's operation number COUNT on a file whose name holds FRAGMENT, and is killed right before it
 KILLED = """
 import os, runpy, signal, sys
-fragment, left = sys.argv[1], int(sys.argv[2])
+fragment, left, main = sys.argv[1], int(sys.argv[2]), os.getpid()
 def hook(event, arguments):
     global left
     if event in ("open", "os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"):
-        if any(fragment in str(each) for each in arguments[:2]):
+        if os.getpid() == main and any(fragment in str(each) for each in arguments[:2]):
             left -= 1
             if left < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -180,12 +180,27 @@ def test_a_killed_worker_is_an_error_and_its_work_is_done_again(corpus, tmp_path
     while len(finished(out)) < 3:
         assert process.poll() is None
         time.sleep(0.01)
-    workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
     os.kill(workers[0].pid, signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2 and "error: a tokenising process died" in errors
     assert run_shard(corpus[0], corpus[1], out, *OPTIONS) == 0
     assert digests(out) == corpus[2]
+
+
+def test_the_workers_of_a_killed_process_end(corpus, tmp_path):
+    import psutil
+
+    out = tmp_path / "out"
+    process = start(corpus, out, "--workers", "2")
+    while len(finished(out)) < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    workers = psutil.Process(process.pid).children()
+    process.kill()
+    process.communicate(timeout=60)
+    assert len(workers) == 2 and not psutil.wait_procs(workers, timeout=60)[1]
 
 
 def test_an_interruption_after_the_rename_is_noticed(corpus, tmp_path, monkeypatch, capsys):
