@@ -58,6 +58,8 @@ def need(layout: dict[str, Any]) -> None:
     """Point-to-point transfers of CUDA tensors need NCCL, and NCCL a GPU for every process."""
     if "pipeline" in layout.get("parallel", {}) and torch.cuda.device_count() < 2:
         pytest.skip("pipeline parallelism on GPUs needs NCCL and two of them; there is one")
+    if layout.get("optimizer", {}).get("zero_stage") == 3 and torch.cuda.device_count() < 2:
+        pytest.skip("DeepSpeed's stage 3 takes GPU number LOCAL_RANK; there is one")
 
 
 def settings(corpus: Path, run_dir: Path, precision: str, steps: int = STEPS, **sections: Any) -> dict[str, Any]:
@@ -95,6 +97,16 @@ def test_two_processes_equal_one(name: str, precision: str, workers: Any, corpus
 def test_the_two_optimizers_agree_on_one_gpu(precision: str, workers: Any, corpus: Path, tmp_path: Path, alone: Any) -> None:
     found = workers(1).run(runs.train, settings(corpus, tmp_path, precision, **MEGATRON))[0]
     assert found["loss/train"] == pytest.approx(alone(precision)["loss/train"], abs=BOUND[precision])
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offload_on_one_gpu(stage: int, workers: Any, corpus: Path, tmp_path: Path, alone: Any) -> None:
+    """The stages' own paths on one rank over NCCL; two ranks that share a GPU cannot run stage 3 (DeepSpeed takes GPU number LOCAL_RANK)."""
+    sections = {"optimizer": {"zero_stage": stage, "offload": True}}
+    found = workers(1).run(runs.train, settings(corpus, tmp_path, "bf16", **sections))[0]
+    worst = max(abs(a - b) for a, b in zip(found["loss/train"], alone("bf16")["loss/train"], strict=True))
+    print(f"stage {stage} offloaded, one GPU: largest loss difference over {STEPS} steps {worst:.1e}")
+    assert worst <= BOUND["bf16"]
 
 
 def test_training_with_the_kernels_follows_the_reference(workers: Any, corpus: Path, tmp_path: Path) -> None:
