@@ -101,7 +101,7 @@ def test_the_two_optimizers_agree_on_one_gpu(precision: str, workers: Any, corpu
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_offload_on_one_gpu(stage: int, workers: Any, corpus: Path, tmp_path: Path, alone: Any) -> None:
-    """The stages' own paths on one rank over NCCL; two ranks that share a GPU cannot run stage 3 (DeepSpeed takes GPU number LOCAL_RANK)."""
+    """The stages' own paths on one rank over NCCL (DeepSpeed takes GPU number LOCAL_RANK: two ranks cannot share one)."""
     sections = {"optimizer": {"zero_stage": stage, "offload": True}}
     found = workers(1).run(runs.train, settings(corpus, tmp_path, "bf16", **sections))[0]
     worst = max(abs(a - b) for a, b in zip(found["loss/train"], alone("bf16")["loss/train"], strict=True))
