@@ -182,7 +182,7 @@ def test_a_site_s_scripts_may_use_unset_variables(script: Callable[..., Script],
     assert "--gres=gpu:8" in prepare and "--container-image=image" in prepare
 
 
-@pytest.mark.parametrize("name", ["shard.sh", "convert_hf.sh"])
+@pytest.mark.parametrize("name", ["shard.sh", "convert_hf.sh", "eval.sh"])
 def test_dry_runs_on_the_login_node_name_the_command(name: str) -> None:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SWAX_"))}
     command = ["bash", f"slurm/{name}", "--out", "y", "--dry-run"]
