@@ -51,6 +51,10 @@ class ModelConfig:
         "reset", "at a document's start inside a packed row: reset the memory and mask attention, or carry both across"
     )
     init_std: float = _f(0.02, "standard deviation of the initial weights; output projections get init_std / sqrt(2 * layers)")
+    embedding_init_std: float | None = _f(None, "standard deviation of the initial token embedding; null: init_std")
+    mlstm_igate_bias: float = _f(
+        -10.0, "initial bias of the mLSTM input gates: at -10 (xLSTM-7B) a memory begins almost silent, at 0 it speaks from the first step"
+    )
 
 
 @dataclass

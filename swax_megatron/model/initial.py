@@ -35,19 +35,26 @@ class Initial:
 ZERO = Initial("constant", 0.0)
 ONE = Initial("constant", 1.0)  # every norm's weight
 
-# The mLSTM's own (xLSTM-7B, Beck et al. 2025); its other projections start like everybody's.
-MLSTM = {
-    "ogate_proj.weight": ZERO,
-    "igate_proj.weight": ZERO,
-    "fgate_proj.weight": ZERO,
-    "igate_proj.bias": Initial("constant", -10.0),
-    "fgate_proj.bias": Initial("linspace", 3.0, 6.0),  # over the heads: from short to long memory
-}
+
+def initial_gates(model: ModelConfig) -> dict[str, Initial]:
+    """Of the mLSTM's three gates (xLSTM-7B, Beck et al. 2025); its other projections start like everybody's."""
+    return {
+        "ogate_proj.weight": ZERO,
+        "igate_proj.weight": ZERO,
+        "fgate_proj.weight": ZERO,
+        "igate_proj.bias": Initial("constant", model.mlstm_igate_bias),
+        "fgate_proj.bias": Initial("linspace", 3.0, 6.0),  # over the heads: from short to long memory
+    }
 
 
 def matrix(model: ModelConfig) -> Initial:
-    """Projections into a layer, and the two tables."""
+    """Projections into a layer, and an output head of its own."""
     return Initial("normal", model.init_std)
+
+
+def embedding(model: ModelConfig) -> Initial:
+    """The token embedding, which a tied output head shares."""
+    return Initial("normal", model.init_std if model.embedding_init_std is None else model.embedding_init_std)
 
 
 def residual_matrix(model: ModelConfig) -> Initial:
@@ -61,7 +68,9 @@ def initial_value(name: str, model: ModelConfig) -> Initial:
         return ONE
     if name.endswith(("out_proj.weight", "down_proj.weight")):
         return residual_matrix(model)
-    return MLSTM.get(name.partition("self_attention.")[2], matrix(model))
+    if name == "embedding.word_embeddings.weight":
+        return embedding(model)
+    return initial_gates(model).get(name.partition("self_attention.")[2], matrix(model))
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor
 from swax_megatron.model import parameters
 from swax_megatron.model.cost import padded_vocab_size
 from swax_megatron.model.head import Head
-from swax_megatron.model.initial import matrix
+from swax_megatron.model.initial import embedding, matrix
 from swax_megatron.model.layers.specs import stage_spec
 from swax_megatron.model.transformer_config import SwaxTransformerConfig, transformer_config
 from swax_megatron.parallel.context import SequenceContext
@@ -31,12 +31,11 @@ class SwaxModel(LanguageModule):
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = config.model.tie_embeddings
         self.padded_vocab_size = padded_vocab_size(config.model.vocab_size)
-        table = matrix(config.model)
         if pre_process:
             self.embedding = LanguageModelEmbedding(
                 config, self.padded_vocab_size, sequence_length, position_embedding_type="none", tp_group=config.groups.tp
             )
-            parameters.declare(self.embedding.word_embeddings.weight, table, shard_dim=0)
+            parameters.declare(self.embedding.word_embeddings.weight, embedding(config.model), shard_dim=0)
         self.decoder = TransformerBlock(
             config,
             stage_spec(config, vp_stage),
@@ -48,7 +47,8 @@ class SwaxModel(LanguageModule):
         if post_process:
             self.output_layer = Head(config, weightless=pre_process and config.model.tie_embeddings)
             if self.output_layer.weight is not None:
-                parameters.declare(self.output_layer.weight, table, shard_dim=0)
+                table = embedding if config.model.tie_embeddings else matrix
+                parameters.declare(self.output_layer.weight, table(config.model), shard_dim=0)
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 

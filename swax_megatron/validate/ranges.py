@@ -22,12 +22,14 @@ NOT_NEGATIVE = (
     "resilience.straggler_interval resilience.fault_rank resilience.fault_step resilience.fault_seconds"
 ).split()
 POSITIVE = (
-    "model.rope_base model.gate_cap model.norm_eps model.logit_cap model.init_std optimizer.learning_rate optimizer.eps "
-    "train.distributed_timeout data.cache_gib monitor.peak_tflops resilience.hang_minimum resilience.hang_unknown"
+    "model.rope_base model.gate_cap model.norm_eps model.logit_cap model.init_std model.embedding_init_std "
+    "optimizer.learning_rate optimizer.eps train.distributed_timeout data.cache_gib monitor.peak_tflops "
+    "resilience.hang_minimum resilience.hang_unknown"
 ).split()
 SEEDS = "train.model_seed train.data_seed train.window_seed validation.seed".split()
 FRACTION = "window.anneal_fraction optimizer.decay_fraction".split()
 BELOW_ONE = "optimizer.beta1 optimizer.beta2".split()
+BIAS = ["model.mlstm_igate_bias"]  # beyond it the soft cap of the gates leaves no gradient
 
 
 def check_ranges(config: Config) -> None:
@@ -39,6 +41,7 @@ def check_ranges(config: Config) -> None:
         (["train.distributed_timeout"], lambda x: x <= 30 * 86400, "must be at most 30 days, in seconds"),
         (FRACTION, lambda x: 0 <= x <= 1, "must lie between 0 and 1"),
         (BELOW_ONE, lambda x: 0 <= x < 1, "must be at least 0 and less than 1"),
+        (BIAS, lambda x: -30 <= x <= 30, "must lie between -30 and 30"),
     )
     for paths, holds, requirement in rules:
         for path in paths:

@@ -70,6 +70,19 @@ def test_initial_values_and_decay(corpus: Path, tmp_path: Path, workers: Any) ->
     assert decayed == {name for name in found if name.endswith("_proj.weight") and "igate" not in name and "fgate" not in name}
 
 
+def test_chosen_initial_values(corpus: Path, tmp_path: Path, workers: Any) -> None:
+    """The input gates' bias and the embedding's deviation change nothing else; a tied head starts as the embedding."""
+    model = {"pattern": "MS", "hidden_size": 128, "ffn_hidden_size": 256, "init_std": 0.02}
+    chosen = {**model, "mlstm_igate_bias": 0.5, "embedding_init_std": 0.5}
+    usual, found = (workers(1).run(initial_values, runs.small_config(corpus, tmp_path, model=each))[0] for each in (model, chosen))
+    table, bias = "embedding.word_embeddings.weight", "decoder.layers.0.self_attention.igate_proj.bias"
+    assert {name for name in found if not torch.equal(found[name][0], usual[name][0])} == {table, bias}
+    assert (found[bias][0] == 0.5).all()
+    torch.testing.assert_close(found[table][0], usual[table][0] * 25)
+    (tied,) = workers(1).run(initial_values, runs.small_config(corpus, tmp_path, model={**chosen, "tie_embeddings": True}))
+    assert torch.equal(tied[table][0], found[table][0]) and "output_layer.weight" not in tied
+
+
 def test_parameter_count(corpus: Path, tmp_path: Path, workers: Any) -> None:
     for tied in (False, True):
         raw = runs.small_config(corpus, tmp_path, model={"pattern": "MMSF", "tie_embeddings": tied})

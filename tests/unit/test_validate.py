@@ -15,7 +15,7 @@ import pytest
 from swax_megatron.config import field_paths, from_dict, load_config
 from swax_megatron.schema import Config
 from swax_megatron.validate import model_parallel_size, validate, validate_inputs, validate_run_dir
-from swax_megatron.validate.ranges import AT_LEAST_ONE, BELOW_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, SEEDS
+from swax_megatron.validate.ranges import AT_LEAST_ONE, BELOW_ONE, BIAS, FRACTION, NOT_NEGATIVE, POSITIVE, SEEDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -241,6 +241,7 @@ RANGES = [
     *((path, value, "more than 0") for path in POSITIVE for value in (0.0, -1.0, float("inf"), float("nan"))),
     *((path, value, "between 0 and 1") for path in FRACTION for value in (-0.1, 1.1, float("nan"))),
     *((path, value, "less than 1") for path in BELOW_ONE for value in (-0.1, 1.0, float("nan"))),
+    *((path, value, "between -30 and 30") for path in BIAS for value in (-31.0, 31.0, float("nan"))),
 ]
 
 
@@ -254,7 +255,7 @@ def test_range(path: str, value: Any, requirement: str) -> None:
 
 def test_every_number_has_a_range() -> None:
     """A new numeric field cannot be forgotten."""
-    ranged = {*AT_LEAST_ONE, *NOT_NEGATIVE, *POSITIVE, *FRACTION, *BELOW_ONE, *SEEDS}
+    ranged = {*AT_LEAST_ONE, *NOT_NEGATIVE, *POSITIVE, *FRACTION, *BELOW_ONE, *SEEDS, *BIAS}
     elsewhere = {"window.anneal_window", "window.test_window", "optimizer.zero_stage", "format_version"}
 
     def numbers(cls: type, prefix: str) -> typing.Iterator[str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from swax_megatron.kernels.mlstm import mlstm
 from swax_megatron.kernels.mlstm.summary import mlstm_summary
-from swax_megatron.model.initial import MLSTM, ZERO, Initial
+from swax_megatron.model.initial import ZERO, Initial, initial_gates
 from swax_megatron.model.layers.mixer import Mixer, split_heads
 from swax_megatron.model.linear import ColumnLinear, RowLinear, new_parameter
 from swax_megatron.model.norm import HeadNorm
@@ -48,8 +48,9 @@ class MlstmMixer(Mixer):
         self.k_proj = ColumnLinear(config, config.hidden_size, qk)
         self.v_proj = ColumnLinear(config, config.hidden_size, values)
         self.ogate_proj = ColumnLinear(config, config.hidden_size, values, ZERO)
-        self.igate_proj = GateProjection(config, MLSTM["igate_proj.bias"])
-        self.fgate_proj = GateProjection(config, MLSTM["fgate_proj.bias"])
+        initial = initial_gates(model)
+        self.igate_proj = GateProjection(config, initial["igate_proj.bias"])
+        self.fgate_proj = GateProjection(config, initial["fgate_proj.bias"])
         self.head_norm = HeadNorm(config, values)
         self.out_proj = RowLinear(config, values, config.hidden_size)
 
