@@ -3,12 +3,14 @@
 An experiment is a folder: base.yaml (a configuration), arms.yaml (overrides of it by arm) and tests.yaml (the data's command, the
 windows and options of the evaluation). Every (arm, seed) is one unit: trained, tested, and kept as one file of --results.
 Several units run at the same time, a process each, because one alone leaves most of a GPU idle. A unit that is cut off has
-saved a checkpoint, and the next call goes on there, exactly; where its run directory is gone it begins again.
+saved a checkpoint, and the next call goes on there, exactly; where its run directory is gone it begins again. Results of another
+configuration, data set or test are refused: one report never mixes them.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -58,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.unit:
             return run_unit(experiment, options)
         failed = run_units(experiment, options)
-        print(write_report(options.results))
+        if any(options.results.glob("*-*.json")):
+            print(write_report(options.results))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -73,6 +76,7 @@ class Experiment:
     """arms: name -> overrides; tests: write_data (a command), windows, options (of ``python -m swax_megatron.eval``)."""
 
     folder: Path
+    base: dict[str, Any]
     arms: dict[str, list[str]]
     tests: dict[str, Any]
 
@@ -81,8 +85,7 @@ class Experiment:
         for name in ("base", "arms", "tests"):
             if not (folder / f"{name}.yaml").exists():
                 raise ValueError(f"--experiment {folder}: has no {name}.yaml; give a folder such as configs/recall")
-        arms, tests = (yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")) for name in ("arms", "tests"))
-        return cls(folder, arms, tests)
+        return cls(folder, *(yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")) for name in ("base", "arms", "tests")))
 
     def units(self, options: argparse.Namespace) -> list[str]:
         """Names of the chosen units, seed by seed."""
@@ -95,13 +98,23 @@ class Experiment:
             raise ValueError(f"--seeds {options.seeds}: give comma-separated numbers, e.g. --seeds 1,2,3") from None
         return [f"{arm}-{seed}" for seed in seeds for arm in chosen]
 
+    def asked(self, unit: str, options: argparse.Namespace) -> dict[str, Any]:
+        """What the result of a unit depends on besides its seed and the code."""
+        return {
+            "base.yaml": self.base,
+            "overrides": [*self.arms[unit.rpartition("-")[0]], *options.set],
+            "tests.yaml": {name: self.tests[name] for name in ("windows", "options")},
+            "data": hashlib.sha256((options.data / "train/manifest.json").read_bytes()).hexdigest(),
+        }
+
 
 def run_units(experiment: Experiment, options: argparse.Namespace) -> list[str]:
     """Run every unit that is not stored; returns the names of those that failed."""
     if options.parallel < 1:
         raise ValueError(f"--parallel {options.parallel}: must be at least 1")
-    waiting = [unit for unit in experiment.units(options) if not (options.results / f"{unit}.json").exists()]
+    units = experiment.units(options)
     _need_data(experiment, options.data)
+    waiting = [unit for unit in units if not _stored(experiment, unit, options)]
     options.results.mkdir(parents=True, exist_ok=True)
     options.work.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + (options.minutes * 60 if options.minutes else float("inf"))
@@ -122,6 +135,17 @@ def run_units(experiment: Experiment, options: argparse.Namespace) -> list[str]:
             _cut_off(list(running.values()))
             break
     return failed
+
+
+def _stored(experiment: Experiment, unit: str, options: argparse.Namespace) -> bool:
+    """Whether the unit is done. Raises ValueError where what is stored answers another question."""
+    path = options.results / f"{unit}.json"
+    if not path.exists():
+        return False
+    there, wanted = read_json(path).get("asked", {}), experiment.asked(unit, options)
+    if other := [name for name in wanted if there.get(name) != wanted[name]]:
+        raise ValueError(f"--results: {path} was made with other {' and '.join(other)}; name other --results and --work, or delete it")
+    return True
 
 
 def _start(unit: str, options: argparse.Namespace) -> subprocess.Popen:
@@ -175,7 +199,8 @@ def run_unit(experiment: Experiment, options: argparse.Namespace) -> int:
     trained = time.perf_counter()
     unit = _unit(experiment, options, run_dir, rows)
     seconds = {"train": trained - started, "test": time.perf_counter() - trained}
-    write_json(options.results / f"{options.unit}.json", {"arm": arm, "seed": int(seed), **unit, "seconds": seconds})
+    asked = experiment.asked(options.unit, options)
+    write_json(options.results / f"{options.unit}.json", {"arm": arm, "seed": int(seed), "asked": asked, **unit, "seconds": seconds})
     return 0
 
 

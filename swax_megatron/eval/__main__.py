@@ -122,12 +122,13 @@ class Lines:
     """Progress on stderr, at most every five seconds and at each end."""
 
     def __init__(self) -> None:
-        self.what, self.started, self.told = "", 0.0, 0.0
+        self.what, self.started, self.last, self.told = "", 0.0, time.monotonic(), 0.0
 
     def __call__(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
         if what != self.what:
-            self.what, self.started = what, now
+            self.what, self.started = what, self.last  # what is told of here began when the one before it ended
+        self.last = now
         if done == total or now - self.told > 5:
             self.told = now
             rate = done / max(now - self.started, 1e-9)
