@@ -10,15 +10,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from data_prep import tokenizer as tokenizer_command
 from swax_megatron.data.recall import RecallTask, gap_ranges, make_row
 from swax_megatron.data.shards import ShardedDataset
 from swax_megatron.eval import model as eval_model
 from swax_megatron.eval.__main__ import main
 from swax_megatron.eval.model import open_subject
 from swax_megatron.eval.perplexity import position_edges, token_losses
+from swax_megatron.eval.ruler import TASKS
+from swax_megatron.eval.ruler.wordlists import word_list
 from swax_megatron.hf.configuration_swax import SwaxConfig
 from swax_megatron.hf.modeling_swax import SwaxForCausalLM
 from swax_megatron.hf.tokenizer import export_tokenizer
+from tests.golden.ruler_materials import write_materials
 from tests.texts import random_documents, run_shard, small_tokenizer, texts, write_ids, write_jsonl
 from tests.unit.hf_reference import randomise
 
@@ -84,6 +88,41 @@ def test_command_writes_scores_tables_and_plots_and_continues(export, dataset, t
     capsys.readouterr()
     assert main([*command, "--window", "5"]) == 2
     assert "holds another evaluation (window: 8 there, 5 asked for)" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def ruler(tmp_path_factory) -> tuple[Path, list[str]]:
+    """An export whose tokenizer knows the tasks' words, as a real one does, and the options that name stand-ins for their texts."""
+    pytest.importorskip("wonderwords", reason="RULER's words come from the package wonderwords: pip install '.[eval]'")
+    folder = tmp_path_factory.mktemp("ruler")
+    materials = write_materials(folder)
+    words = [" ".join(word_list(kind)) for kind in ("noun", "adjective", "verb")]
+    known = [path.read_text() for path in materials.values()] + [task.family.template for task in TASKS.values()] + words
+    source = write_jsonl(folder / "known.jsonl", known)
+    assert tokenizer_command.main(["--input", str(source), "--out", str(folder / "known.model"), "--vocab-size", "4000"]) == 0
+    materials["words"] = folder / "words"
+    materials["words"].write_text("\n".join(f"word{number}" for number in range(60000)))
+    export = write_export(folder / "export", 4000, folder / "known.model")
+    return export, [option for name, path in materials.items() for option in (f"--{name}", str(path))]
+
+
+@pytest.mark.parametrize(
+    ("length", "fill"),
+    [(1024, 0.35), *(pytest.param(length, 0.75, marks=pytest.mark.soak) for length in (4096, 16384, 65536, 131072))],
+)
+def test_all_tasks_run_on_an_export(ruler, tmp_path, length, fill):
+    """Every task fits its length, and fills it as far as its smallest step allows."""
+    export, materials = ruler
+    assert main([str(export), "--out", str(tmp_path), "--tasks", "all", "--lengths", str(length), "--samples", "1", *materials]) == 0
+    found = json.loads((tmp_path / "results.json").read_text())["ruler"]
+    assert {entry["task"] for entry in found} == set(TASKS) and len(TASKS) == 13
+    assert all(0 <= entry["score"] <= 100 for entry in found)
+    for task in TASKS:
+        (line,) = json.loads((tmp_path / f"units/ruler-{task}-{length}.json").read_text())["lines"]
+        assert fill * length < line["tokens"] <= length, f"{task}: {line['tokens']}"
+        assert line["references"] and line["answer"].strip()
+    report = (tmp_path / "report.md").read_text()
+    assert f"| task | {length} |" in report and all(f"| {task} |" in report for task in TASKS)
 
 
 def test_loss_by_position_is_the_models_own(export, dataset, monkeypatch):
