@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +19,8 @@ from swax_megatron import randomness
 from swax_megatron.model.pattern import parse_pattern
 from swax_megatron.schema import ModelConfig
 
-_SLICE = 1 << 22  # normals drawn at a time: bounds the memory of initialisation
+_SLICE = 1 << 20  # normals that a thread draws at a time: bounds the memory of initialisation
+_THREADS = 8  # at most; the ranks of a node share its cores
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,21 @@ def _fill_normal(block: Tensor, std: float, name: str, seed: int, shape: tuple[i
     local_columns = math.prod(block.shape[1:])
     first_column = offsets[1] if len(offsets) > 1 else 0
     rows_at_once = max(1, _SLICE // columns)
-    flat = block.view(block.shape[0], local_columns)
-    for row in range(0, block.shape[0], rows_at_once):
+    flat = block.detach().view(block.shape[0], local_columns)
+
+    def draw(row: int) -> None:
         count = min(rows_at_once, block.shape[0] - row)
         start = (offsets[0] + row) * columns
         values = randomness.normal(start, start + count * columns, f"weight:{name}", seed).reshape(count, columns)
         values = np.ascontiguousarray(values[:, first_column : first_column + local_columns]) * np.float32(std)
         flat[row : row + count].copy_(torch.from_numpy(values))
+
+    rows = range(0, block.shape[0], rows_at_once)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads = min(len(rows), _THREADS, max(1, len(os.sched_getaffinity(0)) // ranks))
+    if threads == 1:
+        for row in rows:
+            draw(row)
+    else:  # numpy draws without holding the interpreter
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(draw, rows))

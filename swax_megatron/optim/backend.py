@@ -112,6 +112,6 @@ def adamw_arguments(config: Config) -> dict:
     return {"lr": optimizer.learning_rate, "betas": (optimizer.beta1, optimizer.beta2), "eps": optimizer.eps}
 
 
-def step_tensor(updates: int) -> Tensor:
-    """AdamW's step counter (it corrects the moments' bias)."""
-    return torch.tensor(float(updates), dtype=torch.float32)
+def step_tensor(updates: int, device: torch.device | str = "cpu") -> Tensor:
+    """AdamW's step counter (it corrects the moments' bias); the fused update reads it on its weights' device."""
+    return torch.tensor(float(updates), dtype=torch.float32, device=device)

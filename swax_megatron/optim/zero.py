@@ -99,11 +99,11 @@ class ZeroBackend(ABC):
                 if getattr(parameter, "shared", False):
                     parameter.ds_pipe_replicated = True  # a tied copy must not count twice in the gradient norm
         self._parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
-        fused = True if config.optimizer.offload else None  # one pass over the host's memory; None: torch chooses
-        self._zero = self._build(torch.optim.AdamW(decay_groups(chunks, config), fused=fused, **adamw_arguments(config)))
+        # fused: one pass over weights, moments and gradients, and no intermediate copy of them
+        self._zero = self._build(torch.optim.AdamW(decay_groups(chunks, config), fused=True, **adamw_arguments(config)))
         for flat in self._flat_masters():  # AdamW would create its state in the first update only
             self._zero.optimizer.state[flat].update(
-                step=step_tensor(0), exp_avg=torch.zeros_like(flat.data), exp_avg_sq=torch.zeros_like(flat.data)
+                step=step_tensor(0, flat.device), exp_avg=torch.zeros_like(flat.data), exp_avg_sq=torch.zeros_like(flat.data)
             )
 
     @abstractmethod
@@ -206,7 +206,7 @@ class ZeroBackend(ABC):
 
     def loaded(self, updates: int) -> None:
         for flat in self._flat_masters():
-            self._zero.optimizer.state[flat]["step"] = step_tensor(updates)
+            self._zero.optimizer.state[flat]["step"] = step_tensor(updates, flat.device)
         self._zero.update_lp_params()  # model weights from the masters, gathered over the data-parallel ranks
 
     def _sum_over_tensor_ranks(self, gradients: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
@@ -386,7 +386,7 @@ class PartitionedWeights(_ByMicrobatch):
         zero = self._zero
         zero._partition_all_parameters()
         for index, flat in enumerate(self._flat_masters()):
-            zero.optimizer.state[flat]["step"] = step_tensor(updates)
+            zero.optimizer.state[flat]["step"] = step_tensor(updates, flat.device)
             zero._reassign_or_swap_out_partitioned_parameters(index)
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)

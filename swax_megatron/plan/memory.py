@@ -104,11 +104,14 @@ def _mine(layout: Layout, stage: int) -> float:
 
 
 def _update(layout: Layout, level: int, count: float, mine: float) -> float:
-    """The reduced gradients as the optimizer wants them, and a bucket under way."""
-    bucket = 4.0 * min(BUCKET, count) if layout.shards > 1 and level < 3 else 0.0
+    """The fuller of two moments: gradients on their way to other ranks, and the reduced ones as the optimizer wants them, flat.
+
+    A bucket is copied to be sent; from stage 2 on its gradients wait for that beside those that are kept. Fused AdamW needs no more.
+    """
     if layout.config.optimizer.backend == "megatron":
         return 4.0 * mine
-    return bucket + (8.0 if level < 2 else 4.0) * mine
+    copies = 0.0 if layout.shards == 1 else 1.0 if level < 2 else 2.0
+    return max(copies * 4.0 * min(BUCKET, count), 4.0 * mine)
 
 
 def _bucket(layout: Layout, stage: int) -> float:
