@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.data_peers import PEERS, Rows, prepare
 
 EPILOG = """example:
-  python -m benchmarks.data_read --data data/code --work /tmp/peers --peers-python peers/bin/python > benchmarks/results/data_read.jsonl"""
+  python -m benchmarks.data_read --data data/code --work /tmp/peers --peers-python peers/bin/python > data_read.jsonl"""
 
 
 def ours(packing: str, verify: str = "size") -> Callable[[Path, int], Rows]:

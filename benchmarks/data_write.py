@@ -29,7 +29,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 EPILOG = """example:
   python -m benchmarks.data_write --corpus corpus.jsonl --tokenizer tokenizer.model \\
-      --peers-python peers/bin/python --megatron Megatron-LM --results benchmarks/results/data_write.jsonl"""
+      --peers-python peers/bin/python --megatron Megatron-LM --results data_write.jsonl"""
 # Megatron-LM's development branch is written for Python 3.12
 _MEGATRON = """
 import runpy, sys, typing, typing_extensions
