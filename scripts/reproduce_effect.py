@@ -1,6 +1,6 @@
 """The experiments on attention windows: does a short or a stochastic window teach the memory what a large one lets it ignore?
 
-An experiment is a folder: base.yaml (a configuration), arms.yaml (overrides of it by arm) and tests.yaml (the data's command, the
+An experiment is a folder: base.yaml (a configuration), arms.yaml (overrides of it by arm) and tests.yaml (the data's commands, the
 windows and options of the evaluation). Every (arm, seed) is one unit: trained, tested, and kept as one file of --results.
 Several units run at the same time, a process each, because one alone leaves most of a GPU idle. A unit that is cut off has
 saved a checkpoint, and the next call goes on there, exactly; where its run directory is gone it begins again. Results of another
@@ -19,6 +19,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Experiment:
-    """arms: name -> overrides; tests: write_data (a command), windows, options (of ``python -m swax_megatron.eval``)."""
+    """arms: name -> overrides; tests: write_data (a command or several), windows, options (of ``python -m swax_megatron.eval``)."""
 
     folder: Path
     base: dict[str, Any]
@@ -174,10 +175,20 @@ def _need_data(experiment: Experiment, data: Path) -> None:
     if (data / "train/manifest.json").exists():
         return
     if not experiment.tests.get("write_data"):
-        raise ValueError(f"--data {data}: holds no data set train/; docs/effect.md tells how that of {experiment.folder} is written")
-    script, *rest = shlex.split(experiment.tests["write_data"])
+        raise ValueError(f"--data {data}: holds no data set train/, and {experiment.folder}/tests.yaml names no write_data that makes one")
+    data.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
-    subprocess.run([sys.executable, str(ROOT / script), "--out", str(data), *rest], env=environment, check=True)
+    commands = experiment.tests["write_data"]
+    for command in [commands] if isinstance(commands, str) else commands:
+        script, *rest = shlex.split(command)
+        arguments = [one for part in rest for one in (_library() if part == "{stdlib}" else [part.format(data=data)])]
+        subprocess.run([sys.executable, str(ROOT / script), *arguments], env=environment, check=True)
+
+
+def _library() -> list[str]:
+    """Files and folders of Python's own library, without what was installed into it."""
+    paths = Path(sysconfig.get_path("stdlib")).iterdir()
+    return sorted(str(path) for path in paths if path.suffix == ".py" or path.is_dir() and path.name.isalnum())
 
 
 def run_unit(experiment: Experiment, options: argparse.Namespace) -> int:
@@ -222,7 +233,7 @@ def _unit(experiment: Experiment, options: argparse.Namespace, run_dir: Path, ro
         if evaluate([str(run_dir), "--out", str(out), f"--window={window}", *wanted, *shape]):
             raise ValueError(f"the evaluation of {run_dir} at window {window} was refused; its log says why")
         found = read_json(out / "results.json")
-        tests[str(window)] = {kind: found[kind] for kind in ("recall", "ruler", "perplexity", "memory") if found[kind]}
+        tests[str(window)] = {kind: found[kind] for kind in ("recall", "ruler", "perplexity", "needles", "memory") if found[kind]}
     loss = [line["loss/train"] for line in lines]
     watched = ("recall/", "loss/validation")
     return {

@@ -1,4 +1,4 @@
-"""Evaluate an export, a checkpoint or a run directory: RULER, recall by gap, loss by position, at any attention window.
+"""Evaluate an export, a checkpoint or a run directory: RULER, recall by gap, loss by position, needles, at any attention window.
 
 Every (task, length) is stored as soon as it is done; the same command goes on where it was stopped. At the end report.md,
 results.json and plots are written, and ``python -m swax_megatron.eval.report OUT`` writes them again from what is stored.
@@ -16,7 +16,7 @@ import torch
 
 from swax_megatron.data.recall import RecallTask
 from swax_megatron.data.shards import ShardedDataset
-from swax_megatron.eval import perplexity, recall
+from swax_megatron.eval import needles, perplexity, recall
 from swax_megatron.eval.model import TYPES, Subject, open_subject
 from swax_megatron.eval.probe import memory_statistics
 from swax_megatron.eval.report import write_report
@@ -64,10 +64,13 @@ def parser() -> argparse.ArgumentParser:
     defaults = RecallTask()
     for name in ("keys", "values", "fillers", "pairs"):
         gap.add_argument(f"--recall-{name}", type=int, default=getattr(defaults, name), help=f"default {getattr(defaults, name)}")
-    text = made.add_argument_group("loss by position")
+    text = made.add_argument_group("loss by position, needles")
     text.add_argument("--data", help="data set folder, written with the model's tokenizer")
     text.add_argument("--documents", type=int, default=200, help="documents read (default 200)")
     text.add_argument("--position-length", type=int, default=16384, help="tokens read of a document at most (default 16384)")
+    text.add_argument("--needles", action="store_true", help="also passages that come back after a gap: the loss that memory saves")
+    text.add_argument("--needle-length", type=int, default=1024, help="tokens of a row (default 1024); only documents that long are used")
+    text.add_argument("--needle-rows", type=int, default=128, help="rows of each gap (default 128)")
     text.add_argument("--memory", action="store_true", help="also measure horizons, gates, states and attention of every head on --data")
     text.add_argument("--memory-length", type=int, default=2048, help="tokens of a document it reads (default 2048)")
     text.add_argument("--memory-documents", type=int, default=8, help="documents it reads (default 8)")
@@ -90,7 +93,10 @@ def evaluate(options: argparse.Namespace) -> None:
         raise ValueError("nothing to evaluate: give --tasks, --recall or --data")
     if options.memory and not options.data:
         raise ValueError("--memory measures a model on documents: give them with --data")
-    for name in ("samples", "batch", "recall_rows", "documents", "position_length", "memory_length", "memory_documents"):
+    if options.needles and not options.data:
+        raise ValueError("--needles are passages of documents: give them with --data")
+    counts = "samples batch recall_rows documents position_length memory_length memory_documents needle_length needle_rows"
+    for name in counts.split():
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
     materials = Materials(options.essay, options.squad, options.hotpotqa, options.words)
@@ -112,6 +118,9 @@ def evaluate(options: argparse.Namespace) -> None:
     if dataset is not None and units.get("perplexity") is None:
         found = perplexity.by_position(subject, dataset, options.position_length, options.documents, progress)
         units.put("perplexity", {"kind": "perplexity", **found})
+    if options.needles and units.get("needles") is None:
+        found = needles.by_gap(subject, dataset, options.needle_length, options.needle_rows, options.batch, options.seed, progress)
+        units.put("needles", {"kind": "needles", **found})
     if options.memory and units.get("memory") is None:
         found = memory_statistics(subject, dataset, options.memory_documents, options.memory_length, progress)
         units.put("memory", {"kind": "memory", **found})

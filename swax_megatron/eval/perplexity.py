@@ -38,7 +38,7 @@ def by_position(subject: Subject, dataset: ShardedDataset, length: int, document
     edges = position_edges(length)
     by_position, by_length = _Sums(edges), _Sums(edges)
     beyond = 0
-    chosen = islice(_documents(dataset), documents)
+    chosen = islice(every_document(dataset), documents)
     total = min(documents, dataset.documents)
     for done, document in enumerate(chosen, 1):
         ids = document[: length + 1]
@@ -78,7 +78,7 @@ class _Sums:
         return [{"from": a, "to": b, "nats": float(loss / n), "tokens": int(n)} for a, b, loss, n in rows if n]
 
 
-def _documents(dataset: ShardedDataset) -> Iterator[np.ndarray]:
+def every_document(dataset: ShardedDataset) -> Iterator[np.ndarray]:
     """Ids of every document in stored order."""
     for shard in range(len(dataset.shards)):
         for number in range(len(dataset.index(shard).lengths)):

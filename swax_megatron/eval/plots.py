@@ -1,4 +1,4 @@
-"""PNG plots of an evaluation: score by length, recall by gap, loss by position."""
+"""PNG plots of an evaluation: score by length, recall by gap, loss by position, loss saved by needles."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ def draw(found: dict[str, Any], folder: Path) -> list[Path]:
     if found["perplexity"]:
         lines = [(Path(e["data"]).name, [(max(1, b["from"]), b["nats"]) for b in e["by_position"]]) for e in found["perplexity"]]
         drawn.append(line_plot(folder / "loss_by_position.png", lines, "position in the document (tokens)", "loss (nats)"))
+    if found["needles"]:
+        lines = [(Path(e["data"]).name, [(g["gap"], g["control_nats"] - g["nats"]) for g in e["by_gap"]]) for e in found["needles"]]
+        drawn.append(line_plot(folder / "needles.png", lines, "gap (tokens)", "loss saved by the needle (nats)"))
     return drawn
 
 

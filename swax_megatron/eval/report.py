@@ -23,7 +23,7 @@ from swax_megatron.eval.units import stored_units, write_json
 def results(folder: str | Path) -> dict[str, Any]:
     """Everything stored, without the single answers: the identity, and lists by kind."""
     identity, units = stored_units(folder)
-    summary: dict[str, Any] = {"evaluation": identity, "ruler": [], "recall": [], "perplexity": [], "memory": []}
+    summary: dict[str, Any] = {"evaluation": identity, "ruler": [], "recall": [], "perplexity": [], "needles": [], "memory": []}
     for unit in units.values():
         summary[unit["kind"]].append({key: value for key, value in unit.items() if key not in ("lines", "kind")})
     summary["ruler"].sort(key=lambda entry: (entry["task"], entry["length"]))
@@ -42,6 +42,7 @@ def write_report(folder: str | Path, tensorboard: bool = False) -> Path:
         ("RULER", _ruler(found["ruler"])),
         ("Recall by gap", _recall(found["recall"])),
         ("Loss by position", _loss(found)),
+        ("Needles", _needles(found["needles"])),
         ("Memory", _memory(found["memory"])),
     ):
         if body:
@@ -89,6 +90,19 @@ def _loss(found: dict) -> list[str]:
     return lines[:-1]
 
 
+def _needles(entries: list[dict]) -> list[str]:
+    lines: list[str] = []
+    for entry in entries:
+        rows = [
+            [str(g["gap"]), *(f"{g[name]:.3f}" for name in ("nats", "control_nats", "right", "control_right")), str(g["tokens"])]
+            for g in entry["by_gap"]
+        ]
+        head = ["gap", "nats", "nats without needle", "guessed", "guessed without needle", "tokens"]
+        told = f"passages of {entry['passage']} tokens in rows of {entry['length']}, scored after the first {entry['cue']}."
+        lines += [f"{entry['data']}: {told}", "", *_table(head, rows), ""]
+    return lines[:-1]
+
+
 def _memory(entries: list[dict]) -> list[str]:
     """One line a layer and statistic: the smallest, median and largest head."""
     lines: list[str] = []
@@ -126,6 +140,10 @@ def _to_tensorboard(found: dict, folder: Path) -> None:
         for entry in found["perplexity"]:
             for bucket in entry["by_position"]:
                 writer.add_scalar("loss/by_position", bucket["nats"], bucket["from"])
+        for entry in found["needles"]:
+            for gap in entry["by_gap"]:
+                writer.add_scalar("needles/nats_saved", gap["control_nats"] - gap["nats"], gap["gap"])
+                writer.add_scalar("needles/guessed", gap["right"], gap["gap"])
         for entry in found["memory"]:
             for name, heads in entry["heads"].items():
                 writer.add_histogram(name, np.array(heads), 0)

@@ -40,7 +40,8 @@ def write_report(folder: Path) -> Path:
         raise ValueError(f"{folder} holds no unit yet; scripts/reproduce_effect.py writes them")
     lines = ["# Results", "", *_setting(units)]
     for window in sorted({window for unit in units for window in unit["tests"]}, key=int):
-        lines += _recall(folder, units, window) + _perplexity(folder, units, window) + _ruler(folder, units, window)
+        lines += _recall(folder, units, window) + _perplexity(folder, units, window)
+        lines += _needles(folder, units, window) + _ruler(folder, units, window)
     lines += _curves(folder, units)
     report = folder / "report.md"
     report.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -108,6 +109,24 @@ def _perplexity(folder: Path, units: list[dict], window: str) -> list[str]:
     shares = ", ".join(f"{share:.1%}" for share in sorted(beyond))
     told = f"Tokens with more than {window} tokens of in-document past: {shares} of those tested."
     return ["", f"## Loss by position (nats a token), test window {window}", "", told, "", *table, "", plot]
+
+
+def _needles(folder: Path, units: list[dict], window: str) -> list[str]:
+    lines: list[str] = []
+    measures: list[tuple[str, str, Callable[[dict], float]]] = [
+        ("saved", "loss saved by the needle (nats)", lambda gap: gap["control_nats"] - gap["nats"]),
+        ("guessed", "share of the needle guessed", lambda gap: gap["right"]),
+    ]
+    for name, title, measure in measures:
+
+        def found(unit: dict, measure: Callable[[dict], float] = measure) -> Iterable[tuple[Any, float]]:
+            for entry in unit["tests"].get(window, {}).get("needles", []):
+                yield from ((gap["gap"], measure(gap)) for gap in entry["by_gap"])
+
+        if values := collect(units, found):
+            plot = _plot(folder / f"needles_{name}_window_{window}.png", values, "gap (tokens)", title)
+            lines += ["", f"## Needles: {title}, test window {window}", "", *_by_x(values, "arm (seeds)", str), "", plot]
+    return lines
 
 
 def _ruler(folder: Path, units: list[dict], window: str) -> list[str]:

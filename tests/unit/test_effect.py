@@ -11,9 +11,12 @@ import yaml
 
 from data_prep import recall_rows
 from scripts import reproduce_effect
+from swax_megatron.config import load_config
 from swax_megatron.data.recall import RecallTask, make_row
 from swax_megatron.data.shards import ShardedDataset
+from swax_megatron.eval import __main__ as evaluation
 from swax_megatron.eval import study
+from swax_megatron.validate import validate
 
 pytest.importorskip("matplotlib", reason="reports draw plots: pip install '.[eval]'")
 
@@ -33,7 +36,7 @@ ARMS = {
     "mixed": ["window.windows=[3,40]", "window.anneal_fraction=0"],
 }
 TESTS = {
-    "write_data": f"data_prep/recall_rows.py --rows 200 --validation-rows 4 --workers 1 {' '.join(ROWS)}",
+    "write_data": f"data_prep/recall_rows.py --out {{data}} --rows 200 --validation-rows 4 --workers 1 {' '.join(ROWS)}",
     "windows": [3, 40],
     "options": ["--recall", "--recall-lengths=64", "--recall-rows=16", "--batch=16"],  # as many rows as the callback reads
 }
@@ -152,6 +155,21 @@ def test_refused(options: list[str], sentence: str, tmp_path: Path, capsys: pyte
     assert capsys.readouterr().err.startswith(f"error: {sentence}")
 
 
+NEEDLES = ("needles_saved_window_8.png", "needles_guessed_window_8.png")
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent.name for path in (reproduce_effect.ROOT / "configs").glob("*/arms.yaml")))
+def test_the_shipped_experiments_can_be_started(folder: str) -> None:
+    experiment = reproduce_effect.Experiment.read(reproduce_effect.ROOT / "configs" / folder)
+    windows = set()
+    for overrides in experiment.arms.values():
+        config = load_config(experiment.folder / "base.yaml", overrides)
+        validate(config, 1, cuda=True)
+        windows |= set(config.window.windows) if "S" in config.model.pattern else set()
+    assert set(experiment.tests["windows"]) == windows  # every run is tested at the windows of all
+    evaluation.parser().parse_args(["run", "--out", "out", *experiment.tests["options"]])
+
+
 def stored_unit(arm: str, seed: int, far: float) -> dict:
     """A unit as the script stores it, with figures that are easy to read."""
     gaps = [{"from": 8, "to": 16, "accuracy": 0.9, "queries": 9}, {"from": 16, "to": 60, "accuracy": far, "queries": 9}]
@@ -167,6 +185,7 @@ def stored_unit(arm: str, seed: int, far: float) -> dict:
             "8": {
                 "recall": [{"length": 64, "by_gap": gaps}],
                 "perplexity": [{"nats": 3 + far, "by_position": buckets, "share_beyond_window": 0.25}],
+                "needles": [{"by_gap": [{"gap": 64, "nats": 3 - far, "control_nats": 3.0, "right": far}]}],
                 "ruler": [{"task": "vt", "length": 1024, "score": 100 * far}],
             }
         },
@@ -185,9 +204,10 @@ def test_the_report_shows_means_with_their_range_and_is_written_again(tmp_path: 
     assert "| large (2) | 0.900 (0.900-0.900) | 0.050 (0.000-0.100) |" in text
     assert "| small (3) | 3.400 (3.200-3.700) | 3.400 (3.200-3.700) |" in text  # loss by position
     assert "| small (3) | 40.0 (20.0-70.0) |" in text  # RULER
+    assert text.count("| small (3) | 0.400 (0.200-0.700) |") == 2  # needles: loss saved and share guessed
     assert "| small | 3 | SM | fixed [8], anneal 0.1 | 1,001 | 5 | 4.000 (3.000-5.000) | 20 |" in text
     plots = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
-    assert set(plots) == {"recall_64_window_8.png", "loss_window_8.png", "vt_window_8.png", "training_gap_16.png"}
+    assert set(plots) == {"recall_64_window_8.png", "loss_window_8.png", "vt_window_8.png", "training_gap_16.png", *NEEDLES}
     assert all(f"]({name})" in text for name in plots)
     for name in ("report.md", *plots):
         (tmp_path / name).unlink()
