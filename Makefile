@@ -41,7 +41,7 @@ test-soak: $(environment) ## long runs with faults, and every fault
 	SWAX_TEST_TASK_SECONDS=1800 $(python) -m pytest -m soak --ignore tests/faults --ignore tests/slurm
 	SWAX_TEST_TASK_SECONDS=1800 $(python) -m pytest tests/faults tests/slurm
 
-reproduce-effect: $(environment) ## the experiment on attention windows: arms and seeds not done yet, on a GPU, then its report (options="--parallel 6")
+reproduce-effect: $(environment) ## the experiment on attention windows: arms and seeds not done yet (minutes each), then its report (options="--parallel 6")
 	$(python) scripts/reproduce_effect.py $(options)
 
 lint: $(environment) ## ruff

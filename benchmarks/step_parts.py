@@ -58,7 +58,7 @@ def marked(modules: dict[nn.Module, str], calls: dict[tuple[Any, str], str]) -> 
 
 
 def measure(run: Callable[[], None], cuda: bool) -> dict[str, Any]:
-    """Profile ``run()`` once. seconds by part (of the GPU's kernels; without one, of the CPU's operations), the wall's and the busy time.
+    """Profile ``run()`` once. Seconds by part are of the GPU's kernels; without one, of the CPU's operations.
 
     Returns parts {name: s}, busy_s (at least one kernel runs), kernels (how many), slowest {name of kernel: s}.
     """

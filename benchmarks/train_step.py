@@ -104,6 +104,11 @@ def check(options: argparse.Namespace) -> None:
     unknown = sorted(set(options.peers) - {*PEERS, "all"})
     if unknown:
         raise ValueError(f"--peers {' '.join(unknown)}: choose from all, {', '.join(PEERS)}")
+    for name in ("steps", "accumulate"):
+        if min(np.atleast_1d(getattr(options, name))) < 1:
+            raise ValueError(f"--{name}: must be at least 1")
+    if options.data is not None and not (options.data / "manifest.json").exists():
+        raise ValueError(f"--data {options.data}: holds no manifest.json; give a folder that data_prep/shard.py wrote")
     for shape in options.shapes:
         validate(settings(options, shape, 1), 1)
 

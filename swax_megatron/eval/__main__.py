@@ -118,9 +118,9 @@ def evaluate(options: argparse.Namespace) -> None:
     if dataset is not None and units.get("perplexity") is None:
         found = perplexity.by_position(subject, dataset, options.position_length, options.documents, progress)
         units.put("perplexity", {"kind": "perplexity", **found})
-    if options.needles and units.get("needles") is None:
+    if options.needles and units.get(f"needles-{options.needle_length}") is None:
         found = needles.by_gap(subject, dataset, options.needle_length, options.needle_rows, options.batch, options.seed, progress)
-        units.put("needles", {"kind": "needles", **found})
+        units.put(f"needles-{options.needle_length}", {"kind": "needles", **found})
     if options.memory and units.get("memory") is None:
         found = memory_statistics(subject, dataset, options.memory_documents, options.memory_length, progress)
         units.put("memory", {"kind": "memory", **found})
