@@ -1,16 +1,18 @@
-"""Time the mLSTM and sliding-window attention kernels against others, on one GPU.
+"""Time the kernels of the mLSTM, of sliding-window attention and of what lies between matrix products against others, on one GPU.
 
 Prints one JSON line a case: shape, milliseconds (median of `triton.testing.do_bench`) forward and forward + backward for ours and
 for each peer found, in the same process, with the device and the versions; TFLOP/s and TB/s of the least work, the ratio to the floor
 it sets, peak memory, and how many times faster ours is. Peers: `mlstm_kernels` (`xl_chunk`, several chunk lengths, the fastest counts;
 the cell alone on contiguous (B, H, T, D) inputs, and with soft caps, transposes, norm and output gate) if it is installed,
-FlexAttention compiled, and torch's FlashAttention-2 with its window. `offsets` cases check tensors of more than 2^31 elements.
+FlexAttention compiled, and torch's FlashAttention-2 with its window; for SwiGLU, rotary positions and gate projections plain torch,
+eager and compiled. `offsets` cases check tensors of more than 2^31 elements.
 Random data; our results are first compared with the reference.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import sys
@@ -36,21 +38,29 @@ SWA = {  # name: time, heads, key/value heads, head size, window
     "1.4B w512": (16384, 16, 16, 128, 512),
     "1.4B w2048": (16384, 16, 16, 128, 2048),
 }
+ELEMENTWISE = {  # name: which, rows, width, heads
+    "swiglu 1.4B": ("swiglu", 16384, 5504, 1),
+    "rotary 1.4B": ("rotary", 16384, 2048, 16),
+    "gates 1.4B": ("gates", 16384, 2048, 4),
+    "gates 7B": ("gates", 16384, 4096, 8),
+}
 
 
 COPY, MATRIX = 3.03, 730.0  # measured ceilings of an H100: TB/s read and written, TFLOP/s of dense bfloat16
 
 
-def timed(function: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> dict[str, float]:
+def timed(function: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]], inputs: list[torch.Tensor]) -> dict[str, float]:
     """Median milliseconds of the forward pass without a graph, and of forward + backward; peak MiB above the inputs of the latter."""
     from triton.testing import do_bench
 
     with torch.no_grad():
         forward = do_bench(lambda: function(*inputs), warmup=15, rep=60, return_mode="median")
-    cotangent = torch.randn_like(function(*inputs))
+    outputs = function(*inputs)
+    cotangents = [torch.randn_like(y) for y in ((outputs,) if isinstance(outputs, torch.Tensor) else outputs)]
+    del outputs
 
     def both() -> None:
-        torch.autograd.grad(function(*inputs), inputs, cotangent)
+        torch.autograd.grad(function(*inputs), inputs, cotangents)
 
     milliseconds = do_bench(both, warmup=15, rep=60, return_mode="median")
     before = torch.cuda.memory_allocated()
@@ -196,6 +206,40 @@ def swa_case(name: str, peers: bool) -> dict[str, Any]:
     return result
 
 
+def elementwise_case(name: str, peers: bool) -> dict[str, Any]:
+    from swax_megatron.kernels import elementwise
+
+    kind, rows, width, heads = ELEMENTWISE[name]
+    torch.manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
+
+    if kind == "swiglu":
+        function, inputs = elementwise.swiglu, [draw(rows, 1, width) for _ in range(2)]
+        bytes_moved = 2 * rows * width * 3, 2 * rows * width * 8
+    elif kind == "rotary":
+        inputs = [draw(rows, 1, heads, width // heads).detach().transpose(0, 1).requires_grad_() for _ in range(2)]
+        positions = torch.arange(rows, device="cuda")[None]
+        bytes_moved = 2 * rows * width * 4, 2 * rows * width * 8
+
+        def function(q: torch.Tensor, k: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+            return elementwise.rotary(q, k, positions, 10_000.0, backend=backend)
+
+    else:
+        function, inputs = elementwise.gate_projections, [draw(rows, 1, width)]
+        inputs += [draw(*shape) for _ in range(2) for shape in ((heads, width), (heads,))]
+        bytes_moved = 2 * rows * width, 2 * rows * width * 3
+    result: dict[str, Any] = {"shape": dict(zip(("of", "rows", "width", "heads"), ELEMENTWISE[name], strict=True))}
+    result["ours"] = rated(timed(lambda *x: function(*x, backend="triton"), inputs), (0, 0), bytes_moved)
+    if peers:
+        plain = functools.partial(function, backend="reference")
+        for peer, call in (("plain torch", plain), ("plain torch, compiled", torch.compile(plain))):
+            result[peer] = rated(timed(call, inputs), (0, 0), bytes_moved)
+            compared(result, "ours", peer)
+    return result
+
+
 def offsets_case(name: str, peers: bool) -> dict[str, Any]:
     """More than 2^31 elements a tensor: the last row of the batch, outputs and gradients, must have the bits it has alone."""
     from swax_megatron.kernels.mlstm import mlstm
@@ -223,6 +267,7 @@ def offsets_case(name: str, peers: bool) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     cases = {f"mlstm {n}": (mlstm_case, n) for n in MLSTM} | {f"swa {n}": (swa_case, n) for n in SWA}
+    cases |= {f"elementwise {n}": (elementwise_case, n) for n in ELEMENTWISE}
     cases |= {f"offsets {n}": (offsets_case, n) for n in ("mlstm", "swa")}
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.kernels",

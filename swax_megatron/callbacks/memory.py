@@ -13,10 +13,10 @@ from torch import Tensor
 
 from swax_megatron.callbacks.callback import Callback
 from swax_megatron.execution import Pass, run_microbatches
+from swax_megatron.kernels.elementwise import rotary
 from swax_megatron.model.layers.mlstm.mixer import MlstmMixer
 from swax_megatron.model.layers.swa.mixer import AttentionMixer
 from swax_megatron.model.memory import Report, attention_use, mlstm_memory, report_attention, report_mlstm
-from swax_megatron.model.rotary import rotate
 from swax_megatron.parallel.context import SequenceContext
 from swax_megatron.state import StepResult
 
@@ -72,8 +72,8 @@ def _reporting(mixer: MlstmMixer | AttentionMixer, report: Report):
             report_mlstm(report, mixer.layer, mlstm_memory(*parts[:5], cap=mixer.config.model.gate_cap))
         else:
             if mixer.rope:
-                cos, sin = (table[:1, document] for table in context.rotary(mixer.head_dim, mixer.config.model.rope_base))
-                parts[:2] = rotate(parts[0], cos, sin), rotate(parts[1], cos, sin)
+                model, kernels = mixer.config.model, mixer.config.kernels
+                parts[:2] = rotary(*parts[:2], context.positions_bt[:1, document], model.rope_base, backend=kernels.backend)
             report_attention(report, mixer.layer, attention_use(*parts[:2], context.windows[mixer.layer]))
         return core(context, *inputs)
 

@@ -212,7 +212,7 @@ class SwaxAttention(nn.Module):
         self.layer_idx = layer_idx
         layer_type = config.layer_types[layer_idx]
         self.is_causal = True
-        self.sliding_window = config.sliding_window if layer_type == "sliding_attention" else None
+        self.sliding = layer_type == "sliding_attention"
         self.use_rope = layer_type in config.rope_layer_types
         self.head_dim = config.head_dim
         self.scaling = config.head_dim**-0.5
@@ -222,6 +222,11 @@ class SwaxAttention(nn.Module):
         self.k_proj = linear(config.hidden_size, key_width)
         self.v_proj = linear(config.hidden_size, key_width)
         self.out_proj = linear(query_width, config.hidden_size, std=output_std(config))
+
+    @property
+    def sliding_window(self):
+        """Read from the configuration at every call, as the masks are: it is free to change after loading. None: all keys."""
+        return self.config.sliding_window if self.sliding else None
 
     def forward(self, x_btm, rotary, attention_mask=None, banded=False, past_key_values=None, kernels=None):
         q, k, v = (

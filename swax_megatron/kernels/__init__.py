@@ -1,1 +1,1 @@
-"""Sequence-mixing kernels: a plain-torch reference each, and Triton implementations of the same functions for CUDA."""
+"""The layers' mathematics but for matrix products: plain-torch references, and Triton implementations of the same functions for CUDA."""

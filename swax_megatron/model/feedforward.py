@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swax_megatron.kernels.elementwise import swiglu
 from swax_megatron.model.linear import ColumnLinear, RowLinear, enter_tensor_parallel, leave_tensor_parallel
 from swax_megatron.model.transformer_config import SwaxTransformerConfig
 
@@ -21,5 +21,6 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_sbh: Tensor, **_: object) -> tuple[Tensor, None]:
         x_sbh = enter_tensor_parallel(x_sbh, self.config)
-        y_sbh = self.down_proj(F.silu(self.gate_proj(x_sbh)) * self.up_proj(x_sbh))
+        hidden_sbf = swiglu(self.gate_proj(x_sbh), self.up_proj(x_sbh), backend=self.config.kernels.backend)
+        y_sbh = self.down_proj(hidden_sbf)
         return leave_tensor_parallel(y_sbh, self.config), None

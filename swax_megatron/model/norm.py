@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swax_megatron.kernels.mlstm import mlstm_fused
 from swax_megatron.model.initial import ONE
 from swax_megatron.model.linear import new_parameter
 from swax_megatron.model.parameters import declare
@@ -38,9 +39,9 @@ class HeadNorm(nn.Module):
         self.eps = config.model.norm_eps
         self.weight = declare(new_parameter(config, channels // config.tensor_model_parallel_size), ONE, shard_dim=0)
 
-    def forward(self, h_bthv: Tensor) -> Tensor:
-        """(B, T, H, D) -> (B, T, H * D)"""
-        normed = F.layer_norm(h_bthv.float(), (h_bthv.shape[-1],), eps=self.eps)
-        return (normed.flatten(-2) * self.weight.float()).to(h_bthv.dtype)
+    def forward(self, *cell: Tensor, **options: object) -> Tensor:
+        """The cell, this norm and the output gate in one operator: arguments and result of ``mlstm_fused``, less the norm's.
 
-
+        Inside the module, so that ZeRO's stage 3 finds the weight in use.
+        """
+        return mlstm_fused(*cell, self.weight, norm_eps=self.eps, **options)

@@ -70,16 +70,6 @@ class SequenceContext(PackedSeqParams):
         """(B,) int64: the index here of the first token of the last token's document; negative: in an earlier piece."""
         return self.positions_bt.shape[1] - 1 - self.positions_bt[:, -1]
 
-    def rotary(self, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-        """cos and sin of the rotary angles, (B, T, 1, head_dim / 2) fp32; angles are computed in fp32.
-
-        RoPE (Su et al. 2021), theta_i = base^(-2i / head_dim).
-        """
-        positions_bt = self.positions_bt
-        exponent = torch.arange(0, head_dim, 2, device=positions_bt.device, dtype=torch.float32) / head_dim
-        angle_bt1d = positions_bt[:, :, None, None].float() * base**-exponent
-        return angle_bt1d.cos(), angle_bt1d.sin()
-
 
 def cut_rows(batch: Batch, ranks: ContextRanks | None) -> Batch:
     """This rank's piece of every row. The document boundaries stay those of the whole rows (see ``sequence_context``).

@@ -152,9 +152,10 @@ def _layer(layout: Layout, kind: str) -> tuple[float, float, float]:
 
 
 def _feedforward(layout: Layout) -> float:
-    """What the SwiGLU of one layer and the norm before it keep."""
+    """What the SwiGLU of one layer and the norm before it keep: gate, up and their product, in plain torch silu(gate) as well."""
     model, width = layout.config.model, layout.width
-    each = width * (model.hidden_size + 4.0 * model.ffn_hidden_size / layout.tensor)
+    units = (3.0 if layout.kernels == "triton" else 4.0) * model.ffn_hidden_size / layout.tensor
+    each = width * (model.hidden_size + units)
     return (_norm(layout) / layout.split + each) * layout.tokens
 
 

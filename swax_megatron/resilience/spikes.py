@@ -13,6 +13,7 @@ from typing import Any
 
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 FLOOR = 0.005  # of the median: what counts at least as one standard deviation
+FLOOR_NATS = 0.02  # and in nats: near zero a loss is skewed, and losses far above its median are no harm
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class GuardState:
             return 0.0
         middle = median(known)
         sigma = MAD_TO_SIGMA * median([abs(loss - middle) for loss in known])
-        return (loss - middle) / max(sigma, FLOOR * abs(middle), 1e-12)
+        return (loss - middle) / max(sigma, FLOOR * abs(middle), FLOOR_NATS)
 
     def accepted(self, window: str, loss: float, length: int) -> GuardState:
         """After an update that was applied; the last ``length`` losses are kept."""

@@ -33,6 +33,14 @@ def test_a_rare_window_is_no_spike() -> None:
     assert guard.score("64", 50.0, 2) == 0.0
 
 
+def test_near_zero_a_loss_far_above_its_median_is_no_spike() -> None:
+    """A small task almost learned: 0.02 and now and then 0.1; a jump of 1 nat still is a spike."""
+    guard = GuardState()
+    for step in range(50):
+        guard = guard.accepted("4", 0.02 + 0.0005 * (step % 5), 50)
+    assert guard.score("4", 0.12, 10) < 10 < guard.score("4", 1.0, 10)
+
+
 def test_state_survives_json_and_counts_updates() -> None:
     import json
 

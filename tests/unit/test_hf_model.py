@@ -131,6 +131,18 @@ def test_backends_agree(no_compilation):
             torch.testing.assert_close(model(ids, attention_mask=mask).logits[mask.bool()], want[mask.bool()], atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("length", [40, 800], ids=["mask", "bands"])
+def test_the_window_may_change_after_loading(length: int) -> None:
+    model, ids = tiny("MS", sliding_window=16), tokens(2, length)
+    wide = model(ids).logits
+    model.config.sliding_window = 5
+    other = tiny("MS", sliding_window=5)
+    other.load_state_dict(model.state_dict())
+    narrow = model(ids).logits
+    assert torch.equal(narrow, other(ids).logits)
+    assert not torch.equal(narrow, wide)
+
+
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("window", [3, 530])
 def test_bands_equal_the_dense_mask(backend, window, monkeypatch):

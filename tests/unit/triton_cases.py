@@ -1,8 +1,8 @@
-"""Triton kernels under Triton's CPU interpreter, in float32 on tiny shapes: `python -m tests.unit.triton_cases mlstm|swa`.
+"""Triton kernels under Triton's CPU interpreter, in float32 on tiny shapes: `python -m tests.unit.triton_cases mlstm|swa|elementwise`.
 
-A process of its own (see test_mlstm_triton.py, test_swa_triton.py): TRITON_INTERPRET is read when a kernel is defined and would
-otherwise stay on for every later test. The interpreter shows wrong indexing, masks and mathematics; what a compiler or a GPU can
-get wrong is for tests/gpu.
+A process of its own (see test_mlstm_triton.py, test_swa_triton.py, test_elementwise.py): TRITON_INTERPRET is read when a kernel is
+defined and would otherwise stay on for every later test. The interpreter shows wrong indexing, masks and mathematics; what a compiler
+or a GPU can get wrong is for tests/gpu.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402
 from torch.library import opcheck  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 from swax_megatron.kernels.documents import document_bounds  # noqa: E402
+from swax_megatron.kernels.elementwise import gate_projections, rotary, swiglu  # noqa: E402
+from swax_megatron.kernels.elementwise import triton_launch as elementwise_launch  # noqa: E402
+from swax_megatron.kernels.elementwise.triton_op import gates_op, rotary_op, swiglu_op  # noqa: E402
 from swax_megatron.kernels.mlstm import MlstmState, mlstm, mlstm_fused, mlstm_step, triton_launch  # noqa: E402
 from swax_megatron.kernels.mlstm.triton_op import mlstm_fused_op, mlstm_op  # noqa: E402
 from swax_megatron.kernels.swa import swa, swa_blocked  # noqa: E402
@@ -130,8 +134,34 @@ def run_mlstm_operators() -> None:
     operator = mlstm_op(*inputs, *arguments[5:])
     gradients = torch.autograd.grad(operator[0].sum() + operator[1].sum(), inputs)
     close("registered operator", (operator[0], *gradients), (h_whole, *theirs), 1e-4)
-    fused = mlstm_fused_op(*leaves, None, 15.0, 1e-6, 1e-6)[0]
+    fused = mlstm_fused_op(*leaves, *[None] * 4, 15.0, 1e-6, 1e-6)[0]
     close("registered fused operator", torch.autograd.grad(fused, leaves, cotangent), torch.autograd.grad(y, leaves, cotangent), 1e-6)
+    run_mlstm_fused_with_state()
+
+
+def run_mlstm_fused_with_state() -> None:
+    """Two rows laid out time first as in a layer, documents, and an initial state with its gradient."""
+    generator = torch.Generator().manual_seed(4)
+    sizes = (64, 64, 64, 0, 0, 64)  # q, k, v, the two scalar gates, the output gate
+    inputs = [torch.randn(*(s for s in (9, 2, 2, size) if s), generator=generator).transpose(0, 1) for size in sizes]
+    inputs[:2] = [x + 1.0 for x in inputs[:2]]
+    state = MlstmState(*(torch.rand(s, generator=generator) for s in ((2, 2, 64, 64), (2, 2, 64), (2, 2))))
+    leaves = [x.requires_grad_() for x in (*inputs, torch.rand(128, generator=generator), *state[:2])]
+    cu_seqlens = torch.tensor([0, 4, 9, 18], dtype=torch.int32)
+
+    def run(tensors, backend):
+        *given, c, n = tensors
+        memory = MlstmState(c, n, state.m_bh.to(c.dtype))
+        # norm_eps: else the norm undoes the denominator, and nothing but rounding is left of the gradient of n
+        y = mlstm_fused(*given, cu_seqlens=cu_seqlens, initial_state=memory, norm_eps=0.5, backend=backend)
+        cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
+        return y, *torch.autograd.grad(y, tensors, cotangent.to(y.dtype))
+
+    ours = run(leaves, "triton")
+    close("fused with state", ours, run([x.detach().double().requires_grad_() for x in leaves], "reference"), 2e-5)
+    assert ours[0].stride() == inputs[-1].stride() == ours[6].stride(), "y and the gate's gradient lie in memory as the gate does"
+    arguments = [*[x.detach() for x in leaves[:7]], None, *[x.detach() for x in (*leaves[7:], state.m_bh)], 15.0, 1e-6, 1e-6]
+    opcheck(mlstm_fused_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def check_swa(name, length, heads, kv_heads, window, boundaries, tile, onepass=None) -> None:
@@ -173,6 +203,82 @@ def run_swa() -> None:
     opcheck(swa_op, (*[x.detach() for x in inputs], 9, None, None, 0.125), test_utils=("test_schema", "test_faketensor"))
 
 
+def check_elementwise(name, function, leaves, tolerance, operator=None) -> None:
+    """Outputs and all gradients against float64, alone, under recomputation and (operator) as registered for tracing."""
+
+    def run(call, tensors):
+        outputs = call(*tensors)
+        outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+        generator = torch.Generator().manual_seed(6)
+        cotangents = [torch.randn(y.shape, generator=generator).to(leaves[0].dtype).to(y.dtype) for y in outputs]
+        return *outputs, *torch.autograd.grad(outputs, tensors, cotangents)
+
+    def ours(*tensors):
+        return function(*tensors, backend="triton")
+
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    found = run(ours, leaves)
+    close(name, found, run(lambda *tensors: function(*tensors, backend="reference"), wide), tolerance)
+    for other in (lambda *tensors: checkpoint(ours, *tensors, use_reentrant=False), operator):
+        assert other is None or all(torch.equal(a, b) for a, b in zip(run(other, leaves), found, strict=True)), name
+
+
+def run_elementwise() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape, dtype=torch.float32, scale=1.0):
+        return (torch.randn(*shape, generator=generator) * scale).to(dtype).requires_grad_()
+
+    tolerances = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+    for dtype, tolerance in tolerances.items():
+        for shape in ((5, 1, 688), (3, 2, 33), (1, 1), (2, 2, 5504 // 4)):
+            leaves = [draw(*shape, dtype=dtype, scale=3.0) for _ in range(2)]
+            check_elementwise(f"swiglu {shape} {dtype}", swiglu, leaves, tolerance, swiglu_op)
+        turned = draw(12, 7, dtype=dtype), draw(7, 12, dtype=dtype).transpose(0, 1).detach().requires_grad_()
+        check_elementwise(f"swiglu of views {dtype}", swiglu, turned, tolerance)
+        # as in a layer: time before rows in memory; several programs' heads; a head size that is no power of two; far positions
+        for d, heads, groups, last in ((16, 10, 2, 10), (12, 1, 1, 200_000), (64, 3, 9, 16_384)):
+            q, k = (draw(11, 2, n, d, dtype=dtype).detach().transpose(0, 1).requires_grad_() for n in (heads, groups))
+            positions = torch.randint(0, last, (2, 11), generator=generator)
+
+            def turn(q, k, positions=positions, **options):
+                return rotary(q, k, positions, 10_000.0, **options)
+
+            def operator(q, k, positions=positions):
+                return rotary_op(q, k, positions, 10_000.0, False)
+
+            check_elementwise(f"rotary {d} {dtype}", turn, [q, k], tolerance, operator)
+            y = turn(q, k, backend="triton")[0]
+            assert y.stride() == q.stride(), "laid out in memory as it came"
+    for dtype, parameters in ((torch.float32, torch.float32), (torch.float16, torch.float32), (torch.float16, torch.float16)):
+        for width, heads, count, splits in ((96, 4, 40, 32), (300, 2, 150, 2), (128, 9, 3, 32), (7, 1, 1, 32)):
+            elementwise_launch.GATE_SPLITS = splits
+            x = draw(count, 2, width, dtype=dtype)
+            leaves = [x, *(draw(*shape, dtype=parameters) for _ in range(2) for shape in ((heads, width), (heads,)))]
+            tolerance = 2e-6 if dtype == torch.float32 else 1e-3  # the gradients of half-precision tensors are rounded
+            check_elementwise(f"gates {width} {heads} {dtype} {parameters}", gate_projections, leaves, tolerance, gates_op)
+            values = gate_projections(*leaves, backend="triton")
+            close("gates", values, gate_projections(*[t.detach().double() for t in leaves], backend="reference"), 2e-6)
+    run_elementwise_edges(draw)
+
+
+def run_elementwise_edges(draw) -> None:
+    """Operators' schemas and shapes, and a NaN that goes where it belongs and nowhere else."""
+    gate, up, x = draw(3, 40).detach(), draw(3, 40).detach(), draw(3, 2, 40).detach()
+    parameters = [draw(2, 40).detach(), draw(2).detach(), draw(2, 40).detach(), draw(2).detach()]
+    q, k = draw(2, 5, 3, 8).detach().transpose(0, 1), draw(5, 2, 1, 8).detach()
+    positions = torch.arange(5)[:, None].expand(5, 2).contiguous()
+    for operator, arguments in ((swiglu_op, (gate, up)), (rotary_op, (q, k, positions, 1e4, False)), (gates_op, (x, *parameters))):
+        opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+    gate[1, 3] = q[2, 1, 0, 5] = x[2, 1, 7] = float("nan")
+    i, f = gate_projections(x, *parameters, backend="triton")
+    found = swiglu(gate, up, backend="triton"), rotary(q, k, positions, 1e4, backend="triton")[0], i, f
+    i, f = gate_projections(x, *parameters, backend="reference")
+    expected = swiglu(gate, up, backend="reference"), rotary(q, k, positions, 1e4, backend="reference")[0], i, f
+    for a, b in zip(found, expected, strict=True):
+        assert bool(b.isnan().any()) and torch.equal(a.isnan(), b.isnan())
+
+
 if __name__ == "__main__":
-    {"mlstm": run_mlstm, "swa": run_swa}[sys.argv[1]]()
+    {"mlstm": run_mlstm, "swa": run_swa, "elementwise": run_elementwise}[sys.argv[1]]()
     print("all cases agree")

@@ -73,6 +73,7 @@ def mlstm_fused(
     norm_weight: Tensor,
     *,
     cu_seqlens: Tensor | None = None,
+    initial_state: MlstmState | None = None,
     gate_cap: float | None = 15.0,
     eps: float = 1e-6,
     norm_eps: float = 1e-6,
@@ -82,10 +83,11 @@ def mlstm_fused(
     """sigmoid(ogate) * per-head LayerNorm(mlstm(...)) in one operator, with its complete gradient.
 
     ogate (B, T, H, d_v): raw output gate; norm_weight (H * d_v,); the norm subtracts the mean, has no bias, and its statistics
-    over d_v are float32. Everything else as `mlstm`. Returns (B, T, H, d_v) in ogate's dtype.
+    over d_v are float32. Everything else as `mlstm`, the initial state and its gradient included. Returns (B, T, H, d_v) in ogate's
+    dtype.
     """
     inputs = (q_bthk, k_bthk, v_bthv, igate_bth, fgate_bth)
-    _check(*inputs, cu_seqlens, None, gate_cap, eps, chunk_size, backend)
+    _check(*inputs, cu_seqlens, initial_state, gate_cap, eps, chunk_size, backend)
     if ogate_bthv.shape != v_bthv.shape or ogate_bthv.device != v_bthv.device:
         raise ValueError(f"ogate must have v's shape {tuple(v_bthv.shape)} on {v_bthv.device}, got {tuple(ogate_bthv.shape)}")
     features = v_bthv.shape[2] * v_bthv.shape[3]
@@ -95,9 +97,11 @@ def mlstm_fused(
         from .triton_op import mlstm_fused_cell
 
         start = None if cu_seqlens is None else document_bounds(cu_seqlens, *q_bthk.shape[:2])[0]
-        return mlstm_fused_cell(*inputs, ogate_bthv, norm_weight.contiguous(), start, gate_cap, eps, norm_eps)
+        return mlstm_fused_cell(*inputs, ogate_bthv, norm_weight.contiguous(), start, initial_state, gate_cap, eps, norm_eps)
     with torch.autocast(q_bthk.device.type, enabled=False):
-        h, _ = mlstm_chunkwise(*inputs, cu_seqlens=cu_seqlens, gate_cap=gate_cap, eps=eps, chunk_size=chunk_size)
+        h, _ = mlstm_chunkwise(
+            *inputs, cu_seqlens=cu_seqlens, initial_state=initial_state, gate_cap=gate_cap, eps=eps, chunk_size=chunk_size
+        )
         return mlstm_fused_reference(h, ogate_bthv, norm_weight, norm_eps)
 
 

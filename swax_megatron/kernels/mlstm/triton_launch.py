@@ -76,11 +76,6 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def flat_rows(x: Tensor) -> Tensor:
-    """x (B, T, H, D) itself when its last dimension is dense and batch and time are one stride apart, else a copy."""
-    return x if x.stride(-1) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)) else x.contiguous()
-
-
 def _strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2)
 
@@ -227,12 +222,13 @@ def backward(q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, saved: Sa
 
 
 def norm_gate_forward(h: Tensor, ogate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """y (B, T, H, V) in the gate's dtype. ogate (B, T, H, V) whose batch and time strides merge; weight (H * V)."""
+    """y (B, T, H, V) in the gate's dtype and layout. ogate (B, T, H, V), any strides but the last; weight (H * V)."""
     batch, length, heads, d_v = h.shape
-    y = torch.empty(h.shape, device=h.device, dtype=ogate.dtype)
+    ogate = rows(ogate)
+    y = torch.empty_like(ogate)
     total = batch * length * heads
     norm.norm_gate[(triton.cdiv(total, 8),)](
-        h, ogate, weight, y, total, heads, ogate.stride(1), ogate.stride(2), eps, V=d_v, BR=8, num_warps=4
+        h, ogate, weight, y, total, length, heads, *_strides(ogate), *_strides(y), eps, V=d_v, BR=8, num_warps=4
     )
     return y
 
@@ -240,13 +236,15 @@ def norm_gate_forward(h: Tensor, ogate: Tensor, weight: Tensor, eps: float) -> T
 def norm_gate_backward(dy: Tensor, h: Tensor, ogate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dh, dogate (B, T, H, V), dweight (H * V), and <dh, h> (B, T, H)."""
     batch, length, heads, d_v = h.shape
+    dy, ogate = rows(dy), rows(ogate)
     dh = torch.empty(h.shape, device=h.device, dtype=h.dtype)
-    dogate = torch.empty(h.shape, device=h.device, dtype=ogate.dtype)
+    dogate = torch.empty_like(ogate)
     dot = torch.empty(h.shape[:3], device=h.device, dtype=torch.float32)
-    programs = max(1, min(512 // heads, triton.cdiv(batch * length, 8)))
+    block = min(8, 2048 // d_v)  # rows at a time: with more a thread has no registers left
+    programs = max(1, min(512 // heads, triton.cdiv(batch * length, block)))
     partial = torch.empty(programs, heads * d_v, device=h.device, dtype=torch.float32)
     norm.norm_gate_gradients[(programs, heads)](
         dy, h, ogate, weight, dh, dogate, dot, partial,
-        batch * length, heads, dy.stride(1), dy.stride(2), ogate.stride(1), ogate.stride(2), eps, V=d_v, BR=8, num_warps=4,
+        batch * length, length, heads, *_strides(dy), *_strides(ogate), *_strides(dogate), eps, V=d_v, BR=block, num_warps=4,
     )  # fmt: skip
     return dh, dogate, partial.sum(0).to(weight.dtype), dot

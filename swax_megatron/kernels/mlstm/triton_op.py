@@ -150,33 +150,37 @@ def _fused_forward(
     ogate: Tensor,
     norm_weight: Tensor,
     start: Tensor | None,
+    c0: Tensor | None,
+    n0: Tensor | None,
+    m0: Tensor | None,
     gate_cap: float,
     eps: float,
     norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y (the gated, normed h), and h with what the cell's backward pass saves."""
-    h, _, _, _, saved = launch.forward(q, k, v, igate, fgate, start, None, None, None, False, gate_cap, eps, _config(q, v))
-    return launch.norm_gate_forward(h, launch.flat_rows(ogate), norm_weight, norm_eps), h, *saved
+    h, _, _, _, saved = launch.forward(q, k, v, igate, fgate, start, c0, n0, m0, False, gate_cap, eps, _config(q, v))
+    return launch.norm_gate_forward(h, ogate, norm_weight, norm_eps), h, *saved
 
 
 mlstm_fused_op = torch.library.custom_op("swax::mlstm_fused", _fused_forward, mutates_args=())
 
 
 @mlstm_fused_op.register_fake
-def _(q, k, v, igate, fgate, ogate, norm_weight, start, gate_cap, eps, norm_eps):
+def _(q, k, v, igate, fgate, ogate, norm_weight, start, c0, n0, m0, gate_cap, eps, norm_eps):
     batch, length, heads, d_qk = q.shape
     d_v, lc = v.shape[-1], _config(q, v).chunk
     chunks, bh = (length + lc - 1) // lc, batch * heads
     product = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
     tokens, decay, norms = (q.new_empty(s, dtype=torch.float32) for s in ((6, bh, chunks * lc), (bh, chunks), (bh, chunks, d_qk)))
-    return ogate.new_empty(v.shape), v.new_empty(v.shape), tokens, decay, q.new_empty(bh, chunks, d_qk, d_v, dtype=product), norms
+    y = torch.empty_like(launch.rows(ogate))
+    return y, v.new_empty(v.shape), tokens, decay, q.new_empty(bh, chunks, d_qk, d_v, dtype=product), norms
 
 
 def _norm_gate_backward(
     dy: Tensor, h: Tensor, ogate: Tensor, norm_weight: Tensor, norm_eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dh, dogate, dweight, and <dh, h> for the cell's backward pass."""
-    return launch.norm_gate_backward(launch.flat_rows(dy), h, launch.flat_rows(ogate), norm_weight, norm_eps)
+    return launch.norm_gate_backward(dy, h, ogate, norm_weight, norm_eps)
 
 
 norm_gate_backward_op = torch.library.custom_op("swax::norm_gate_backward", _norm_gate_backward, mutates_args=())
@@ -185,20 +189,22 @@ norm_gate_backward_op = torch.library.custom_op("swax::norm_gate_backward", _nor
 @norm_gate_backward_op.register_fake
 def _(dy, h, ogate, norm_weight, norm_eps):
     dot = h.new_empty(h.shape[:3], dtype=torch.float32)
-    return h.new_empty(h.shape), ogate.new_empty(h.shape), norm_weight.new_empty(norm_weight.shape), dot
+    return h.new_empty(h.shape), torch.empty_like(launch.rows(ogate)), norm_weight.new_empty(norm_weight.shape), dot
 
 
 def _save_fused(ctx, inputs, output) -> None:
-    q, k, v, igate, fgate, ogate, norm_weight, start, ctx.gate_cap, ctx.eps, ctx.norm_eps = inputs
+    q, k, v, igate, fgate, ogate, norm_weight, start, c0, _, _, ctx.gate_cap, ctx.eps, ctx.norm_eps = inputs
     ctx.save_for_backward(q, k, v, igate, fgate, ogate, norm_weight, start, *output[1:])
+    ctx.want_initial = c0 is not None
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_fused(run_norm, run, ctx, dy):
     q, k, v, igate, fgate, ogate, norm_weight, start, h, *saved = ctx.saved_tensors
     dh, dogate, dweight, dot = run_norm(dy, h, ogate, norm_weight, ctx.norm_eps)
-    cell = run(q, k, v, igate, fgate, start, h, dh, dot, None, None, *saved, False, ctx.gate_cap, ctx.eps)
-    return *cell[:5], dogate, dweight, None, None, None, None
+    cell = run(q, k, v, igate, fgate, start, h, dh, dot, None, None, *saved, ctx.want_initial, ctx.gate_cap, ctx.eps)
+    initial = cell[5:] if ctx.want_initial else (None, None)
+    return *cell[:5], dogate, dweight, None, *initial, None, None, None, None
 
 
 mlstm_fused_op.register_autograd(
@@ -242,16 +248,22 @@ def _(q, k, v, igate, fgate, c, n, m, gate_cap, eps):
     return v.new_empty(v.shape), torch.empty_like(c), torch.empty_like(n), torch.empty_like(m)
 
 
+def _initial(state: MlstmState | None) -> list[Tensor | None]:
+    return [None] * 3 if state is None else [x.contiguous() for x in (state.c_bhkv, state.n_bhk, state.m_bh.detach())]
+
+
 def mlstm_cell(q, k, v, igate, fgate, start, state: MlstmState | None, want_state: bool, gate_cap: float | None, eps: float):
     """h and the final state (None unless wanted), differentiable."""
-    initial = [None] * 3 if state is None else [x.contiguous() for x in (state.c_bhkv, state.n_bhk, state.m_bh.detach())]
     run = mlstm_op if torch.compiler.is_compiling() else _Mlstm.apply
-    h, c, n, m, *_ = run(q, k, v, igate, fgate, start, *initial, want_state, _no_cap(gate_cap), eps)
+    h, c, n, m, *_ = run(q, k, v, igate, fgate, start, *_initial(state), want_state, _no_cap(gate_cap), eps)
     return h, MlstmState(c, n, m.detach()) if want_state else None
 
 
-def mlstm_fused_cell(q, k, v, igate, fgate, ogate, norm_weight, start, gate_cap: float | None, eps: float, norm_eps: float) -> Tensor:
-    arguments = (q, k, v, igate, fgate, ogate, norm_weight, start, _no_cap(gate_cap), eps, norm_eps)
+def mlstm_fused_cell(
+    q, k, v, igate, fgate, ogate, norm_weight, start, state: MlstmState | None, gate_cap: float | None, eps: float, norm_eps: float
+) -> Tensor:
+    """The gated, normed h, differentiable in the initial state as well."""
+    arguments = (q, k, v, igate, fgate, ogate, norm_weight, start, *_initial(state), _no_cap(gate_cap), eps, norm_eps)
     return mlstm_fused_op(*arguments)[0] if torch.compiler.is_compiling() else _MlstmFused.apply(*arguments)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 from megatron.core import tensor_parallel
 from torch import Tensor, nn
@@ -24,6 +25,10 @@ class Mixer(nn.Module, ABC):
     def __init__(self, config: SwaxTransformerConfig) -> None:
         super().__init__()
         self.config = config
+
+    def borrowed(self) -> Iterator[nn.Parameter]:
+        """Parameters that the mixer reads without calling their modules, for whoever gathers weights module by module."""
+        return iter(())
 
     @abstractmethod
     def project(self, x_sbh: Tensor) -> tuple[Tensor, ...]:

@@ -31,19 +31,21 @@ def core_flops(model: ModelConfig, sequence_length: int, window: int) -> float:
 def footprint(model: ModelConfig, length: int, window: int, width: int, kernels: str, chunk: int) -> Footprint:
     """Bytes a token that backward needs. length: tokens of a row on this rank; width: bytes of an activation; chunk: the reference's."""
     heads, qk, values = model.mlstm_heads, model.mlstm_heads * model.mlstm_qk_dim, model.mlstm_heads * model.mlstm_v_dim
-    gates, whole = 8.0 * heads, 4.0 * model.hidden_size if width < 4 else 0.0
+    gates = 8.0 * heads
     inputs = width * (2 * qk + 2 * values) + gates
-    # after the cell, in plain torch either way: fp32 h and its normed self, the normed h, the output gate's sigmoid
-    norm = 8.0 * values + 2.0 * width * values + 8.0 * heads
     if kernels == "triton":
+        # q, k, v, the output gate and h; row, col, m, wq, wk and the denominator of every token and head; the chunks' states
         states = heads * model.mlstm_qk_dim * (2.0 * model.mlstm_v_dim + 4.0) / TRITON_STATE_TOKENS
-        core = width * (2 * qk + 2 * values) + gates + 24.0 * heads + states + norm
-        return Footprint(inputs, core, width * values, states, whole)
+        core = width * (2 * qk + 3 * values) + gates + 24.0 * heads + states
+        return Footprint(inputs, core, width * values, states)
+    # after the cell, in fp32: h, its normed self, that times the weight, the output gate's sigmoid; mean and scale of every head
+    norm = 16.0 * values + 8.0 * heads
     size = min(chunk, length)
     padding = -(-length // size) * size / length
     states = 8.0 * heads * model.mlstm_qk_dim * (model.mlstm_v_dim + 1) / size * padding
     # q and k five times and [v | 1] three times in fp32; the L x L weights of every chunk three times; masks and gates
     core = padding * (4.0 * 6 * qk + 4.0 * 3 * (values + heads) + 4.0 * 3 * heads * size + 2.0 * size + 4.0 * 9 * heads) + states + norm
+    whole = 4.0 * model.hidden_size if width < 4 else 0.0  # of the gates, in fp32
     return Footprint(inputs, core, width * values, states, whole)
 
 

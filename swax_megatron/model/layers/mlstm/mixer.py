@@ -5,11 +5,12 @@ Legend: s = T sequence, b batch, h heads of this rank, k query-key size, v value
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swax_megatron.kernels.mlstm import mlstm
+from swax_megatron.kernels.elementwise import gate_projections, uses_triton
 from swax_megatron.kernels.mlstm.summary import mlstm_summary
 from swax_megatron.model.initial import ZERO, Initial, initial_gates
 from swax_megatron.model.layers.mixer import Mixer, split_heads
@@ -55,32 +56,38 @@ class MlstmMixer(Mixer):
         self.out_proj = RowLinear(config, values, config.hidden_size)
 
     def project(self, x_sbh: Tensor) -> tuple[Tensor, ...]:
-        x_float_sbh = x_sbh.float()
+        igate_sbh, fgate_sbh = self.gates(x_sbh)
         return (
             split_heads(self.q_proj(x_sbh), self.qk_dim),
             split_heads(self.k_proj(x_sbh), self.qk_dim),
             split_heads(self.v_proj(x_sbh), self.v_dim),
-            self.igate_proj(x_float_sbh).transpose(0, 1),
-            self.fgate_proj(x_float_sbh).transpose(0, 1),
-            self.ogate_proj(x_sbh).transpose(0, 1),
+            igate_sbh.transpose(0, 1),
+            fgate_sbh.transpose(0, 1),
+            split_heads(self.ogate_proj(x_sbh), self.v_dim),
         )
 
+    def borrowed(self) -> Iterator[nn.Parameter]:
+        yield from (*self.igate_proj.parameters(), *self.fgate_proj.parameters())
+
+    def gates(self, x_sbh: Tensor) -> tuple[Tensor, Tensor]:
+        """Both gates, (s, b, H) fp32; one kernel reads x once for both."""
+        igate, fgate, backend = self.igate_proj, self.fgate_proj, self.config.kernels.backend
+        if uses_triton(x_sbh, backend):
+            return gate_projections(x_sbh, igate.weight, igate.bias, fgate.weight, fgate.bias, backend=backend)
+        x_float_sbh = x_sbh.float()
+        return igate(x_float_sbh), fgate(x_float_sbh)
+
     def core(self, context: SequenceContext, *inputs: Tensor) -> Tensor:
-        q_bthk, k_bthk, v_bthv, igate_bth, fgate_bth, ogate_btn = inputs
         model, memory = self.config.model, None
         if context.piece:
+            _, k_bthk, v_bthv, igate_bth, fgate_bth, _ = inputs
             summary = mlstm_summary(k_bthk, v_bthv, igate_bth, fgate_bth, context.last_start_b, gate_cap=model.gate_cap)
             memory = incoming_memory(summary, context.continues_b, context.piece.ranks)
-        h_bthv = mlstm(
-            q_bthk,
-            k_bthk,
-            v_bthv,
-            igate_bth,
-            fgate_bth,
+        return self.head_norm(
+            *inputs,
             cu_seqlens=context.cu_seqlens,
             initial_state=memory,
             gate_cap=model.gate_cap,
             chunk_size=self.config.kernels.mlstm_chunk,
             backend=self.config.kernels.backend,
-        )
-        return torch.sigmoid(ogate_btn) * self.head_norm(h_bthv)
+        ).flatten(-2)

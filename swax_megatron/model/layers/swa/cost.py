@@ -35,9 +35,9 @@ def footprint(model: ModelConfig, length: int, window: int, width: int, kernels:
     size, heads = model.attention_head_dim, model.attention_heads
     queries, keys = heads * size, model.attention_kv_heads * size
     inputs = float(width * (queries + 2 * keys))
-    rotary = 4.0 * size if "S" in model.rope_kinds else 0.0
     if kernels == "triton":  # the output, which the kernel keeps, is the output projection's input
-        return Footprint(inputs, width * (queries + 2 * keys) + 4.0 * heads + rotary, float(width * queries))
+        return Footprint(inputs, width * (queries + 2 * keys) + 4.0 * heads, float(width * queries))
+    rotary = 4.0 * size if "S" in model.rope_kinds else 0.0  # sine and cosine
     window = min(window, length)
     block = length if window == length else min(length, max(16, -(-window // 2)))
     seen = block if window == length else block + window - 1

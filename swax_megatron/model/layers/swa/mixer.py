@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from swax_megatron.kernels.elementwise import rotary
 from swax_megatron.kernels.swa import swa
 from swax_megatron.model.layers.mixer import Mixer, split_heads
 from swax_megatron.model.linear import ColumnLinear, RowLinear
-from swax_megatron.model.rotary import rotate
 from swax_megatron.model.transformer_config import SwaxTransformerConfig
 from swax_megatron.parallel.context import SequenceContext
 from swax_megatron.parallel.context_exchange.halo import with_past
@@ -38,11 +38,11 @@ class AttentionMixer(Mixer):
 
     def core(self, context: SequenceContext, *inputs: Tensor) -> Tensor:
         q_bthd, k_bthd, v_bthd = inputs
+        backend = self.config.kernels.backend
         if self.rope:
-            cos, sin = context.rotary(self.head_dim, self.config.model.rope_base)
-            q_bthd, k_bthd = rotate(q_bthd, cos, sin), rotate(k_bthd, cos, sin)
+            q_bthd, k_bthd = rotary(q_bthd, k_bthd, context.positions_bt, self.config.model.rope_base, backend=backend)
         window, cu_seqlens = context.windows[self.layer], context.cu_seqlens
         if context.piece:
             k_bthd, v_bthd = with_past(k_bthd, v_bthd, window - 1, context.piece.ranks)
             cu_seqlens = context.piece.boundaries(k_bthd.shape[1] - q_bthd.shape[1])
-        return swa(q_bthd, k_bthd, v_bthd, window, cu_seqlens=cu_seqlens, backend=self.config.kernels.backend).flatten(-2)
+        return swa(q_bthd, k_bthd, v_bthd, window, cu_seqlens=cu_seqlens, backend=backend).flatten(-2)
