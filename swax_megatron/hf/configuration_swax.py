@@ -33,7 +33,7 @@ class SwaxConfig(PreTrainedConfig):
     """
 
     model_type = "swax"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     def __init__(
         self,

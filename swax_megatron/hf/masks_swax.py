@@ -3,11 +3,23 @@
 Shipped inside every export, so it imports torch and transformers alone.
 """
 
+import dataclasses
+
 import torch
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 BAND_BLOCK = 512  # least number of queries that banded attention takes at once
+# What transformers calls the cache in arguments and outputs: "cache" since 5.24, "past_key_values" before.
+CACHE = "cache" if any(field.name == "cache" for field in dataclasses.fields(BaseModelOutputWithPast)) else "past_key_values"
+
+
+def the_cache(cache, past_key_values):
+    """The one that was given, under whichever name."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one argument: give one of them")
+    return past_key_values if cache is None else cache
 
 
 def band_block():
@@ -66,5 +78,5 @@ def layer_masks(config, x_btm, attention_mask, cache, banded=False):
             sliding = layer_type == "sliding_attention"
             view = None if cache is None else LayerView(cache, config.layer_types.index(layer_type), sliding)
             create = create_sliding_window_causal_mask if sliding else create_causal_mask
-            masks[layer_type] = create(config=config, inputs_embeds=x_btm, attention_mask=attention_mask, past_key_values=view)
+            masks[layer_type] = create(config=config, inputs_embeds=x_btm, attention_mask=attention_mask, **{CACHE: view})
     return masks

@@ -22,7 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cell_swax import MASKED_GATE, mlstm_chunkwise, mlstm_step
 from .configuration_swax import SwaxConfig
 from .kernels_swax import fast_attention, fast_mlstm, kernel_plan
-from .masks_swax import band_block, can_band, layer_masks
+from .masks_swax import CACHE, band_block, can_band, layer_masks, the_cache
 
 # -------------------------------------------------------------------------------------------------------------- cache
 
@@ -48,7 +48,7 @@ def read_state(cache, layer_idx):
         return None
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
     if not hasattr(layer, "recurrent_states") or layer.number_of_states != 3:
-        raise ValueError("past_key_values has no place for mLSTM states: create it as DynamicCache(config=model.config)")
+        raise ValueError("the cache has no place for mLSTM states: create it as DynamicCache(config=model.config)")
     if not layer.has_previous_state[0]:
         return None
     state = tuple(layer.recurrent_states[i] for i in range(3))
@@ -137,17 +137,17 @@ class SwaxMLSTM(nn.Module):
         self.head_norm = SwaxHeadLayerNorm(heads, self.v_dim, config.norm_eps)
         self.out_proj = linear(heads * self.v_dim, width, std=output_std(config))
 
-    def forward(self, x_btm, padding_mask_bt=None, past_key_values=None, kernels=None):
+    def forward(self, x_btm, padding_mask_bt=None, cache=None, kernels=None):
         qkv = [projection(x_btm).unflatten(-1, (self.num_heads, -1)) for projection in (self.q_proj, self.k_proj, self.v_proj)]
         with torch.autocast(device_type=x_btm.device.type, enabled=False):
             gates = self.igate_proj(x_btm), self.fgate_proj(x_btm)
-            state = read_state(past_key_values, self.layer_idx)
+            state = read_state(cache, self.layer_idx)
             if kernels is None:
                 h_bthv, state = self._cell(*qkv, *gates, padding_mask_bt, state)
             else:
-                h_bthv, state = fast_mlstm(*qkv, *gates, state, kernels, self.config, keep_state=past_key_values is not None)
-            if past_key_values is not None:
-                write_state(past_key_values, self.layer_idx, state)
+                h_bthv, state = fast_mlstm(*qkv, *gates, state, kernels, self.config, keep_state=cache is not None)
+            if cache is not None:
+                write_state(cache, self.layer_idx, state)
             normed = self.head_norm(h_bthv.float())
         gated = torch.sigmoid(self.ogate_proj(x_btm).float()) * normed
         return self.out_proj(gated.to(x_btm.dtype))
@@ -228,14 +228,14 @@ class SwaxAttention(nn.Module):
         """Read from the configuration at every call, as the masks are: it is free to change after loading. None: all keys."""
         return self.config.sliding_window if self.sliding else None
 
-    def forward(self, x_btm, rotary, attention_mask=None, banded=False, past_key_values=None, kernels=None):
+    def forward(self, x_btm, rotary, attention_mask=None, banded=False, cache=None, kernels=None):
         q, k, v = (
             projection(x_btm).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.use_rope:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         options = {"scaling": self.scaling, "dropout": 0.0, "sliding_window": self.sliding_window}
         if banded and kernels is not None and k.shape[2] == q.shape[2]:
@@ -287,12 +287,12 @@ class SwaxDecoderLayer(GradientCheckpointingLayer):
         self.pre_mlp_layernorm = SwaxRMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwaxMLP(config)
 
-    def forward(self, hidden_states, attention_mask=None, banded=False, rotary=None, past_key_values=None, kernels=None):
+    def forward(self, hidden_states, attention_mask=None, banded=False, rotary=None, cache=None, kernels=None):
         normed = self.input_layernorm(hidden_states)
         if self.is_mlstm:
-            mixed = self.mixer(normed, attention_mask, past_key_values, kernels)
+            mixed = self.mixer(normed, attention_mask, cache, kernels)
         else:
-            mixed, _ = self.mixer(normed, rotary, attention_mask, banded, past_key_values, kernels)
+            mixed, _ = self.mixer(normed, rotary, attention_mask, banded, cache, kernels)
         hidden_states = hidden_states + mixed
         return hidden_states + self.mlp(self.pre_mlp_layernorm(hidden_states))
 
@@ -305,7 +305,7 @@ class SwaxPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["SwaxDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _keep_in_fp32_modules_strict = ["igate_proj", "fgate_proj"]  # bf16 would move log f by up to 3 %
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -345,22 +345,24 @@ class SwaxModel(SwaxPreTrainedModel):
         past_key_values=None,
         inputs_embeds=None,
         use_cache=None,
+        cache=None,
         **kwargs,
     ):
+        cache = the_cache(cache, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x_btm = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config) if self.has_attention else SwaxRecurrentCache(self.config)
-        banded = can_band(self.config, x_btm.shape[1], attention_mask, past_key_values)
-        masks = layer_masks(self.config, x_btm, attention_mask, past_key_values, banded)
-        kernels = kernel_plan(self.config, x_btm, attention_mask, past_key_values)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config) if self.has_attention else SwaxRecurrentCache(self.config)
+        banded = can_band(self.config, x_btm.shape[1], attention_mask, cache)
+        masks = layer_masks(self.config, x_btm, attention_mask, cache, banded)
+        kernels = kernel_plan(self.config, x_btm, attention_mask, cache)
         rotary = None
         if self.has_attention:
             if position_ids is None:
-                past = past_key_values.get_seq_length() if past_key_values is not None else 0
+                past = cache.get_seq_length() if cache is not None else 0
                 position_ids = (torch.arange(x_btm.shape[1], device=x_btm.device) + past)[None]
             rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta)
         for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
@@ -369,12 +371,12 @@ class SwaxModel(SwaxPreTrainedModel):
                 attention_mask=masks[layer_type],
                 banded=banded and layer_type == "sliding_attention",
                 rotary=rotary,
-                past_key_values=past_key_values,
+                cache=cache,
                 kernels=kernels,
             )
-        if isinstance(past_key_values, SwaxRecurrentCache):
-            past_key_values.seen_tokens += x_btm.shape[1]
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x_btm), past_key_values=past_key_values)
+        if isinstance(cache, SwaxRecurrentCache):
+            cache.seen_tokens += x_btm.shape[1]
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x_btm), **{CACHE: cache})
 
 
 class SwaxForCausalLM(SwaxPreTrainedModel, GenerationMixin):
@@ -400,17 +402,19 @@ class SwaxForCausalLM(SwaxPreTrainedModel, GenerationMixin):
         labels=None,
         use_cache=None,
         logits_to_keep=0,
+        cache: Cache | None = None,
         **kwargs,
     ):
         """Logits (b, t, vocab) in fp32, of the last ``logits_to_keep`` tokens (0: all; a tensor: these indices).
 
+        ``cache`` and ``past_key_values`` are two names of one thing: transformers' before and after the change.
         With ``labels`` (b, t), the mean cross-entropy of predicting label t + 1 at token t; -100 is left out.
         """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=the_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             return_dict=True,
@@ -426,19 +430,21 @@ class SwaxForCausalLM(SwaxPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
         )
 
     @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values=None, cache=None, **kwargs):
         """Called by generate() for static caches, whose masks are made outside the compiled forward pass."""
-        return layer_masks(config, inputs_embeds, attention_mask, past_key_values)
+        return layer_masks(config, inputs_embeds, attention_mask, the_cache(cache, past_key_values))
 
     def generate(self, *args, **kwargs):
-        if not self.model.has_attention and kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
+        given = the_cache(kwargs.get("cache"), kwargs.get("past_key_values"))
+        if not self.model.has_attention and given is None and kwargs.get("use_cache", True):
             if kwargs.get("cache_implementation") is not None:
                 raise ValueError("cache_implementation has no use without attention layers: the memory is constant (and static) by itself")
-            kwargs["past_key_values"] = SwaxRecurrentCache(self.config)
+            kwargs.pop("past_key_values", None)
+            kwargs[CACHE] = SwaxRecurrentCache(self.config)
         return super().generate(*args, **kwargs)
