@@ -34,7 +34,7 @@ from swax_megatron.schema import Config
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed  # noqa: E402  (reads DS_ACCELERATOR when imported)
-from deepspeed.runtime.utils import combine_grad_norm_groups  # noqa: E402
+from deepspeed.runtime.utils import combine_grad_norm_groups, is_model_parallel_parameter  # noqa: E402
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig  # noqa: E402
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3  # noqa: E402
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer  # noqa: E402
@@ -169,8 +169,31 @@ class ZeroBackend(ABC):
         self._zero.destroy()
 
     def _norm(self) -> Tensor:
-        """The global norm of the reduced gradients (a collective)."""
+        """The global norm of the reduced gradients (a collective), as DeepSpeed counts parameters.
+
+        Its own makes a float64 copy of every gradient first, on a GPU a tenth of a short step; it stays where gradients lie in host memory.
+        """
+        if self._config.optimizer.offload:
+            return self._deepspeed_norm()
+        first = self._groups.tensor_rank == 0  # what tensor parallelism does not divide, all its ranks hold
+        gradients = [
+            gradient
+            for parameter, gradient in self._partition_gradients()
+            if not getattr(parameter, "ds_pipe_replicated", False) and (first or is_model_parallel_parameter(parameter))
+        ]
+        squared = _norm_of(gradients, self._zero.device).square()
+        dist.all_reduce(squared, group=self._zero.dp_process_group)
+        dist.all_reduce(squared, group=self._groups.model)
+        return squared.sqrt().float()
+
+    def _deepspeed_norm(self) -> Tensor:
         return self._zero.scaled_global_norm()
+
+    def _partition_gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Parameters with a part on this rank and the reduced gradient of that part."""
+        for index, parameters in enumerate(self._zero.params_in_partition):
+            real = (tensor for tensor in self._zero.averaged_gradients[index] if not getattr(tensor, "_zero_padding", False))
+            yield from zip(parameters, real, strict=False)  # an unmarked padding may follow
 
     @contextlib.contextmanager
     def _norm_known(self) -> Iterator[None]:
@@ -303,12 +326,6 @@ class _ByMicrobatch(ZeroBackend):
         if not self._config.optimizer.offload:  # validate() allows offload only where there is nothing to add up
             self._sum_over_tensor_ranks(self._partition_gradients())
 
-    def _partition_gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Parameters with a part on this rank and the reduced gradient of that part."""
-        for index, parameters in enumerate(self._zero.params_in_partition):
-            real = (tensor for tensor in self._zero.averaged_gradients[index] if not getattr(tensor, "_zero_padding", False))
-            yield from zip(parameters, real, strict=False)  # an unmarked padding may follow
-
 
 class OverlappedGradients(_ByMicrobatch):
     """Stage 1 whose reduction runs during the last microbatch's backward pass."""
@@ -354,7 +371,7 @@ class PartitionedWeights(_ByMicrobatch):
     def _flat_masters(self) -> list[Tensor]:
         return self._zero.fp32_partitioned_groups_flat
 
-    def _norm(self) -> Tensor:
+    def _deepspeed_norm(self) -> Tensor:
         return combine_grad_norm_groups(self._zero._get_norm_groups())
 
     @contextlib.contextmanager
@@ -394,3 +411,12 @@ class PartitionedWeights(_ByMicrobatch):
             zero._reassign_or_swap_out_partitioned_parameters(index)
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def _norm_of(gradients: list[Tensor], device: torch.device) -> Tensor:
+    """Of all elements, in float64. A GPU sums pieces of a float32 tensor apart, a CPU from end to end, which loses digits."""
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    if gradients[0].is_cuda:
+        return nn.utils.get_total_norm(gradients).double()
+    return torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]).norm()
