@@ -36,7 +36,7 @@ _TEXT = """---
 
 _SWAX_USE = """## Use
 
-Needs `torch` and `transformers>=5.17,<6`. The folder holds its own modelling code, hence
+Needs `torch` and `transformers>=5.17,<5.25`. The folder holds its own modelling code, hence
 `trust_remote_code` (for the tokenizer it only avoids a question: it has no code).
 
 ```python
@@ -56,7 +56,7 @@ mLSTM and sliding-window layers. Every row is one document: packed rows are not 
 
 _XLSTM_USE = """## Use
 
-Needs `torch` and `transformers>=5.17,<6`, whose own `xLSTMForCausalLM` this is.
+Needs `torch` and `transformers>=5.17,<5.25`, whose own `xLSTMForCausalLM` this is.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
