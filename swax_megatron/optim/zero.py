@@ -418,5 +418,5 @@ def _norm_of(gradients: list[Tensor], device: torch.device) -> Tensor:
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
     if gradients[0].is_cuda:
-        return nn.utils.get_total_norm(gradients).double()
+        return nn.utils.get_total_norm([gradient.float() for gradient in gradients]).double()
     return torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]).norm()

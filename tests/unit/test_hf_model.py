@@ -7,6 +7,7 @@ from transformers import DynamicCache
 
 from swax_megatron.hf.cell_swax import mlstm_chunkwise, mlstm_step
 from swax_megatron.hf.configuration_swax import SwaxConfig
+from swax_megatron.hf.masks_swax import CACHE
 from swax_megatron.hf.modeling_swax import SwaxForCausalLM
 from swax_megatron.kernels.mlstm import mlstm
 from tests.unit.hf_reference import reference_logits, tiny, tokens, training_weights
@@ -367,3 +368,15 @@ def test_cell_equals_the_training_kernel(igate_mean):
     gates = (15 * torch.tanh(igate / 15)).transpose(1, 2), F.logsigmoid(15 * torch.tanh(fgate / 15)).transpose(1, 2)
     got, _ = mlstm_chunkwise((q * k**-0.5).transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), *gates, zero, 16, 1e-6)
     torch.testing.assert_close(got.transpose(1, 2), want, atol=2e-5, rtol=1e-4)
+
+
+def test_both_names_of_the_cache():
+    """transformers renamed past_key_values to cache: either is understood, whichever version runs."""
+    model, ids = tiny("MS"), tokens(1, 12)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits[:, 8:]
+        for name in ("cache", "past_key_values"):
+            found = model(ids[:, 8:], **{name: model(ids[:, :8])[CACHE]}).logits
+            torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
+        with pytest.raises(ValueError, match="two names of one argument"):
+            model(ids, cache=model(ids)[CACHE], past_key_values=model(ids)[CACHE])
