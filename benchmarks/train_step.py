@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -23,14 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.step_parts import marked, measure
+from benchmarks.step_parts import idle, marked, measure
 from swax_megatron.config import load_config
 from swax_megatron.hardware import known_peak
 from swax_megatron.parallel import device
 from swax_megatron.train import quiet_libraries
 from swax_megatron.validate import validate
 
-PEERS = ("llama", "llama-compiled", "llama-compiled-causal", "megatron-gpt", "xlstm")
+PEERS = ("llama", "llama-layers-causal", "llama-compiled", "llama-compiled-causal", "megatron-gpt", "xlstm")
 EPILOG = """example (the 1.4B model, one row of 16,384 tokens a micro-batch, and every peer, on one H100):
   python -m benchmarks.train_step configs/swax_1p4b.yaml parallel.tensor=1 --shapes 1x16384 4x4096 --accumulate 1 8 --profile --peers all
 """
@@ -60,10 +61,12 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="section.field=value; the layout must be that of one process")
     parser.add_argument("--shapes", nargs="+", default=["1x16384"], help="rows x tokens of a micro-batch (default: 1x16384)")
     parser.add_argument("--accumulate", nargs="+", type=int, default=[1, 8], help="micro-batches an update (default: 1 8)")
+    parser.add_argument("--recompute", nargs="+", choices=("none", "selective"), help="of our side (default: train.recompute)")
     parser.add_argument("--steps", type=int, default=10, help="timed updates of each case (default: %(default)s)")
     parser.add_argument("--data", type=Path, help="shards written by data_prep/shard.py (default: random documents)")
-    parser.add_argument("--profile", action="store_true", help="also where the GPU's time goes, from one more update of each case")
+    parser.add_argument("--profile", action="store_true", help="also where the GPU's time goes, from one more update of each case with the first --accumulate")
     parser.add_argument("--peers", nargs="*", default=[], help=f"'all' or some of {', '.join(PEERS)}")
+    parser.add_argument("--peers-only", action="store_true", help="leave our side out")
     parser.add_argument("--out", type=Path, help="append the lines to this file as well")
     parser.add_argument("--side", help=argparse.SUPPRESS)  # one side in this process
     options = parser.parse_intermixed_args()
@@ -75,7 +78,7 @@ def main() -> int:
     if options.side is not None:
         one_side(options)
         return 0
-    sides = ["ours", *(PEERS if options.peers == ["all"] else options.peers)]
+    sides = [*([] if options.peers_only else ["ours"]), *(PEERS if options.peers == ["all"] else options.peers)]
     failed = 0
     with tempfile.TemporaryDirectory() as work:
         if options.data is None:
@@ -163,7 +166,6 @@ def ours(options: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
         os.environ.setdefault(name, value)
     quiet_libraries()
     device.install_cpu_shim()
-    from swax_megatron.model.cost import training_flops
     from swax_megatron.model.swax import build_model
     from swax_megatron.model.window import WindowSchedule
     from swax_megatron.optim.build import build_optimizer
@@ -174,49 +176,58 @@ def ours(options: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
     config = settings(options, shape, 1)
     joined = groups.initialize(config)
     cuda = joined.device.type == "cuda"
-    peak = known_peak(torch.cuda.get_device_name()) if cuda else None
     began = time.perf_counter()
     backend = build_optimizer(config, build_model(config, joined), joined)
     build_seconds = time.perf_counter() - began
-    found = []
-    for accumulate in options.accumulate:
+    cases = itertools.product(options.accumulate, options.recompute or [config.train.recompute])
+    found: list[dict[str, Any]] = []
+    for accumulate, recompute in cases:
         config = settings(options, shape, accumulate)
+        for chunk in backend.chunks:
+            chunk.config.recompute_granularity = None if recompute == "none" else recompute
         trainer = Trainer(config, joined, backend, build_mixture(config, config.data.train, "train", config.train.data_seed))
         for window in sorted(set(config.window.windows)):
             fixed = dataclasses.replace(config.window, schedule="fixed", windows=[window], anneal_fraction=0.0, anneal_window=window)
             trainer.windows = WindowSchedule.from_config(dataclasses.replace(config, window=fixed))
-            first = trainer.train_step()  # compiles, allocates
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-            steps = [trainer.train_step() for _ in range(options.steps)]
-            seconds = median(step.seconds for step in steps)
-            rate = steps[0].tokens / seconds
-            flops = training_flops(config.model, config.data.sequence_length, steps[0].windows)
-            case = {
-                "window": window,
-                "micro-batches": accumulate,
-                "recompute": config.train.recompute,
-                "seconds": round(seconds, 4),
-                "slowest": round(max(step.seconds for step in steps), 4),
-                "first": round(first.seconds, 2),
-                "tokens_per_second": round(rate),
-                "model_tflops": round(flops * rate / 1e12, 1),
-                "mfu": round(flops * rate / 1e12 / peak, 4) if peak else None,
-                "data_wait": round(median(step.metrics["time/data_wait_fraction"] for step in steps), 5),
-                "loss": round(steps[-1].metrics["loss/train"], 4),
-                "build_seconds": round(build_seconds, 1),
-            }
-            if cuda:
-                case |= {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
-            if options.profile:
-                calls = {(backend, "update"): "update", (backend, "reduce"): "gradient norm", (trainer.feed, "take"): "data"}
-                with marked(modules(backend.chunks), calls):
-                    profiled = measure(trainer.train_step, cuda)
-                case |= {"profile": profiled, "launch_gaps": round(1.0 - profiled["busy_s"] / seconds, 4)}
-            found.append(case)
+            measured = one_case(trainer, options, cuda, options.profile and accumulate == options.accumulate[0])
+            named = {"window": window, "micro-batches": accumulate, "recompute": recompute, "build_seconds": round(build_seconds, 1)}
+            found.append(named | measured)
         trainer.feed.close()
     groups.shut_down()
     return found
+
+
+def one_case(trainer: Any, options: argparse.Namespace, cuda: bool, profiled: bool) -> dict[str, Any]:
+    """Figures of a trainer's steps as it stands."""
+    from swax_megatron.model.cost import training_flops
+
+    config = trainer.config
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    first = trainer.train_step()  # compiles, allocates
+    steps = [trainer.train_step() for _ in range(options.steps)]
+    seconds = median(step.seconds for step in steps)
+    rate = steps[0].tokens / seconds
+    flops = training_flops(config.model, config.data.sequence_length, steps[0].windows) * rate
+    peak = known_peak(torch.cuda.get_device_name()) if cuda else None
+    case = {
+        "seconds": round(seconds, 4),
+        "slowest": round(max(step.seconds for step in steps), 4),
+        "first": round(first.seconds, 2),
+        "tokens_per_second": round(rate),
+        "model_tflops": round(flops / 1e12, 1),
+        "mfu": round(flops / 1e12 / peak, 4) if peak else None,
+        "data_wait": round(median(step.metrics["time/data_wait_fraction"] for step in steps), 5),
+        "loss": round(steps[-1].metrics["loss/train"], 4),
+    }
+    if cuda:
+        case["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        case["launch_gaps"] = round(idle(trainer.train_step), 4)
+    if profiled:
+        calls = {(trainer.backend, "update"): "update", (trainer.backend, "reduce"): "gradient norm", (trainer.feed, "take"): "data"}
+        with marked(modules(trainer.backend.chunks), calls):
+            case["profile"] = measure(trainer.train_step, cuda)
+    return case
 
 
 def modules(chunks: list[torch.nn.Module]) -> dict[torch.nn.Module, str]:

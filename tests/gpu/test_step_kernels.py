@@ -1,0 +1,49 @@
+"""RMSNorm's and the loss's kernels on a GPU, values and gradients, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from swax_megatron.kernels.losses import logit_gradients, logit_statistics
+from swax_megatron.kernels.norm import rms_norm, rms_norm_beside
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(("rows", "columns", "real", "cap"), [(300, 32768, 32768, 30.0), (77, 50304, 50257, None), (1, 384, 300, 15.0)])
+def test_loss(rows: int, columns: int, real: int, cap: float | None) -> None:
+    random = torch.Generator("cuda").manual_seed(1)
+    raw = (10 * torch.randn(rows, columns, device="cuda", generator=random)).bfloat16()
+    targets = torch.randint(0, real, (rows,), device="cuda", generator=random)
+    upstream = torch.randn(2, rows, device="cuda", generator=random)
+    wide = raw.double().requires_grad_()
+    logits = (cap * torch.tanh(wide / cap) if cap else wide)[:, :real]
+    expected = torch.stack([logits.logsumexp(-1), logits.gather(1, targets[:, None])[:, 0]])
+    (gradient,) = torch.autograd.grad((expected * upstream).sum(), wide)
+    found = torch.stack(logit_statistics(raw, targets, real, cap, backend="triton"))
+    assert error(found, expected.detach()) < 1e-6
+    assert error(logit_gradients(raw, targets, found[0], *upstream, real, cap, backend="triton"), gradient) < 3e-3
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 2048), (1001, 1, 4096), (7, 1, 192)])
+@pytest.mark.parametrize("beside", [False, True])
+def test_norm(shape: tuple[int, ...], beside: bool) -> None:
+    random = torch.Generator("cuda").manual_seed(2)
+    x, stream, upstream = (torch.randn(shape, device="cuda", generator=random).bfloat16() for _ in range(3))
+    weight = torch.randn(shape[-1], device="cuda", generator=random).bfloat16()
+    x.requires_grad_(), weight.requires_grad_()
+    wide_x, wide_weight = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    expected = torch.nn.functional.rms_norm(wide_x, shape[-1:], wide_weight, 1e-5)
+    normed = rms_norm_beside(x, weight, 1e-5, backend="triton") if beside else (rms_norm(x, weight, 1e-5, backend="triton"),)
+    assert error(normed[-1].detach(), expected.detach()) < 3e-3
+    outputs, gradients = ([*normed], [stream, upstream]) if beside else ([*normed], [upstream])
+    found = torch.autograd.grad(outputs, (x, weight), gradients)
+    wide = [wide_x * 1, expected] if beside else [expected]
+    for mine, true in zip(found, torch.autograd.grad(wide, (wide_x, wide_weight), [g.double() for g in gradients]), strict=True):
+        assert error(mine, true) < 4e-3
