@@ -106,8 +106,8 @@ def idle(run: Callable[[], None]) -> float:
         torch.cuda.synchronize()
         seconds = time.perf_counter() - started
     events = profiler.profiler.kineto_results.events()
-    spans = [(event.start_ns(), event.end_ns()) for event in events if event.device_type() == DeviceType.CUDA and not event.is_user_annotation()]
-    return 1.0 - _union(spans) / 1e9 / seconds
+    kernels = [event for event in events if event.device_type() == DeviceType.CUDA and not event.is_user_annotation()]
+    return 1.0 - _union([(event.start_ns(), event.end_ns()) for event in kernels]) / 1e9 / seconds
 
 
 def _paths(events: list[Any]) -> dict[int, str]:

@@ -64,7 +64,8 @@ def main() -> int:
     parser.add_argument("--recompute", nargs="+", choices=("none", "selective"), help="of our side (default: train.recompute)")
     parser.add_argument("--steps", type=int, default=10, help="timed updates of each case (default: %(default)s)")
     parser.add_argument("--data", type=Path, help="shards written by data_prep/shard.py (default: random documents)")
-    parser.add_argument("--profile", action="store_true", help="also where the GPU's time goes, from one more update of each case with the first --accumulate")
+    profile = "also where the GPU's time goes, from one more update of each case with the first --accumulate"
+    parser.add_argument("--profile", action="store_true", help=profile)
     parser.add_argument("--peers", nargs="*", default=[], help=f"'all' or some of {', '.join(PEERS)}")
     parser.add_argument("--peers-only", action="store_true", help="leave our side out")
     parser.add_argument("--out", type=Path, help="append the lines to this file as well")

@@ -114,7 +114,8 @@ class Head(ColumnParallelLinear):
             tp_group=config.groups.tp,
         )
         start = config.groups.tp.rank() * (rows // config.groups.tp.size())
-        self.vocabulary = Vocabulary(start, config.model.vocab_size - start, config.model.logit_cap, config.groups.tp, config.kernels.backend)
+        real, cap = config.model.vocab_size - start, config.model.logit_cap
+        self.vocabulary = Vocabulary(start, real, cap, config.groups.tp, config.kernels.backend)
 
     def forward(self, hidden_sbh: Tensor, weight_vh: Tensor | None, targets_bt: Tensor | None = None) -> Tensor:
         """Logits (s, b, v) fp32 or, with targets, (1 or 2, b, s) fp32: the cross-entropy and, where it is on, the z-loss."""

@@ -82,6 +82,10 @@ def zero_backend(config: Config, chunks: list[nn.Module], groups: Groups) -> Zer
     stages = {0: WholeGradients, 1: WholeGradients, 2: PartitionedGradients, 3: PartitionedWeights}
     if config.optimizer.zero_stage == 1 and config.optimizer.overlap_gradients:
         return OverlappedGradients(config, chunks, groups)
+    from swax_megatron.optim import direct
+
+    if direct.serves(config, groups):
+        return direct.DirectUpdate(config, chunks, groups)
     return stages[config.optimizer.zero_stage](config, chunks, groups)
 
 
@@ -414,9 +418,10 @@ class PartitionedWeights(_ByMicrobatch):
 
 
 def _norm_of(gradients: list[Tensor], device: torch.device) -> Tensor:
-    """Of all elements, in float64. A GPU sums pieces of a float32 tensor apart, a CPU from end to end, which loses digits."""
+    """Of all elements, in float64. A GPU sums pieces of a tensor apart in float32, a CPU from end to end, which loses digits."""
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
     if gradients[0].is_cuda:
-        return nn.utils.get_total_norm([gradient.float() for gradient in gradients]).double()
+        alike = [[gradient for gradient in gradients if gradient.dtype is kind] for kind in {gradient.dtype for gradient in gradients}]
+        return torch.stack([norm for some in alike for norm in torch._foreach_norm(some, 2, dtype=torch.float32)]).double().norm()
     return torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]).norm()

@@ -1,4 +1,4 @@
-"""RMSNorm's and the loss's kernels on a GPU, values and gradients, against float64."""
+"""The kernels of RMSNorm, loss and update on a GPU, against float64 and torch's AdamW."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from swax_megatron.kernels.losses import logit_gradients, logit_statistics
 from swax_megatron.kernels.norm import rms_norm, rms_norm_beside
+from swax_megatron.kernels.update import AdamW
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -47,3 +48,24 @@ def test_norm(shape: tuple[int, ...], beside: bool) -> None:
     wide = [wide_x * 1, expected] if beside else [expected]
     for mine, true in zip(found, torch.autograd.grad(wide, (wide_x, wide_weight), [g.double() for g in gradients]), strict=True):
         assert error(mine, true) < 4e-3
+
+
+def test_update() -> None:
+    random = torch.Generator("cuda").manual_seed(3)
+    flat = torch.randn(4 + 50_000 + 3 * 4096, device="cuda", generator=random)  # the second tensor begins off the grid of 16 bytes
+    starts = [slice(0, 4), slice(4, 50_004), slice(50_004, flat.numel())]
+    expected = [torch.nn.Parameter(flat[part].clone()) for part in starts]
+    decays = [0.1, 0.0, 0.3]
+    groups = [{"params": [p], "weight_decay": d} for p, d in zip(expected, decays, strict=True)]
+    true = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95))
+    masters, means, squares, weights = flat.clone(), torch.zeros_like(flat), torch.zeros_like(flat), flat.bfloat16()
+    mine = AdamW([(masters[part], means[part], squares[part], weights[part]) for part in starts], decays)
+    for step in range(1, 5):
+        wide = step % 2 == 0
+        gradients = [torch.randn(p.shape, device="cuda", generator=random).to(torch.float32 if wide else torch.bfloat16) for p in expected]
+        for parameter, gradient in zip(expected, gradients, strict=True):
+            parameter.grad = gradient.float() * 0.5
+        true.step()
+        mine(gradients, 3e-3, (0.9, 0.95), 1e-8, step, 0.5)
+    assert float((torch.cat([p.detach() for p in expected]) - masters).abs().max()) < 2e-6
+    assert torch.equal(masters.bfloat16(), weights)

@@ -16,7 +16,10 @@ def _capped(raw, CAP: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["real"])
-def logit_statistics(raw_ptr, targets_ptr, log_partition_ptr, chosen_ptr, stride, real, COLUMNS: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
+def logit_statistics(
+    raw_ptr, targets_ptr, log_partition_ptr, chosen_ptr, stride, real,
+    COLUMNS: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Log-partition of a row's first `real` columns, and its target's logit (0 where the target is no column; padding counts as -inf)."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
@@ -43,7 +46,8 @@ def logit_statistics(raw_ptr, targets_ptr, log_partition_ptr, chosen_ptr, stride
 
 @triton.jit(do_not_specialize=["real"])
 def logit_gradients(
-    raw_ptr, targets_ptr, log_partition_ptr, d_log_partition_ptr, d_chosen_ptr, stride, real, COLUMNS: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr
+    raw_ptr, targets_ptr, log_partition_ptr, d_log_partition_ptr, d_chosen_ptr, stride, real,
+    COLUMNS: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row's logits become their gradient: (probability * d log-partition + [target] * d chosen) * slope of the cap."""
     row = tl.program_id(0).to(tl.int64)
