@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from swax_megatron.kernels.elementwise import swiglu
 from swax_megatron.model.linear import ColumnLinear, RowLinear, enter_tensor_parallel, leave_tensor_parallel
+from swax_megatron.model.projections import project
 from swax_megatron.model.transformer_config import SwaxTransformerConfig
 
 
@@ -21,6 +22,6 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_sbh: Tensor, **_: object) -> tuple[Tensor, None]:
         x_sbh = enter_tensor_parallel(x_sbh, self.config)
-        hidden_sbf = swiglu(self.gate_proj(x_sbh), self.up_proj(x_sbh), backend=self.config.kernels.backend)
+        hidden_sbf = swiglu(*project(x_sbh, self.gate_proj, self.up_proj), backend=self.config.kernels.backend)
         y_sbh = self.down_proj(hidden_sbf)
         return leave_tensor_parallel(y_sbh, self.config), None

@@ -17,6 +17,7 @@ from swax_megatron.model.layers.mixer import Mixer, split_heads
 from swax_megatron.model.linear import ColumnLinear, RowLinear, new_parameter
 from swax_megatron.model.norm import HeadNorm
 from swax_megatron.model.parameters import declare
+from swax_megatron.model.projections import project
 from swax_megatron.model.transformer_config import SwaxTransformerConfig
 from swax_megatron.parallel.context import SequenceContext
 from swax_megatron.parallel.context_exchange.memory import incoming_memory
@@ -57,13 +58,14 @@ class MlstmMixer(Mixer):
 
     def project(self, x_sbh: Tensor) -> tuple[Tensor, ...]:
         igate_sbh, fgate_sbh = self.gates(x_sbh)
+        q_sbn, k_sbn, v_sbn, ogate_sbn = project(x_sbh, self.q_proj, self.k_proj, self.v_proj, self.ogate_proj)
         return (
-            split_heads(self.q_proj(x_sbh), self.qk_dim),
-            split_heads(self.k_proj(x_sbh), self.qk_dim),
-            split_heads(self.v_proj(x_sbh), self.v_dim),
+            split_heads(q_sbn, self.qk_dim),
+            split_heads(k_sbn, self.qk_dim),
+            split_heads(v_sbn, self.v_dim),
             igate_sbh.transpose(0, 1),
             fgate_sbh.transpose(0, 1),
-            split_heads(self.ogate_proj(x_sbh), self.v_dim),
+            split_heads(ogate_sbn, self.v_dim),
         )
 
     def borrowed(self) -> Iterator[nn.Parameter]:

@@ -11,6 +11,7 @@ from swax_megatron.kernels.elementwise import rotary
 from swax_megatron.kernels.swa import swa
 from swax_megatron.model.layers.mixer import Mixer, split_heads
 from swax_megatron.model.linear import ColumnLinear, RowLinear
+from swax_megatron.model.projections import project
 from swax_megatron.model.transformer_config import SwaxTransformerConfig
 from swax_megatron.parallel.context import SequenceContext
 from swax_megatron.parallel.context_exchange.halo import with_past
@@ -34,7 +35,7 @@ class AttentionMixer(Mixer):
         self.out_proj = RowLinear(config, queries, config.hidden_size)
 
     def project(self, x_sbh: Tensor) -> tuple[Tensor, ...]:
-        return tuple(split_heads(projection(x_sbh), self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        return tuple(split_heads(x_sbn, self.head_dim) for x_sbn in project(x_sbh, self.q_proj, self.k_proj, self.v_proj))
 
     def core(self, context: SequenceContext, *inputs: Tensor) -> Tensor:
         q_bthd, k_bthd, v_bthd = inputs
