@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -62,6 +63,7 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="+", default=["1x16384"], help="rows x tokens of a micro-batch (default: 1x16384)")
     parser.add_argument("--accumulate", nargs="+", type=int, default=[1, 8], help="micro-batches an update (default: 1 8)")
     parser.add_argument("--recompute", nargs="+", choices=("none", "selective"), help="of our side (default: train.recompute)")
+    parser.add_argument("--fp8", action="store_true", help="every case of ours again with the projections in 8 bits")
     parser.add_argument("--steps", type=int, default=10, help="timed updates of each case (default: %(default)s)")
     parser.add_argument("--data", type=Path, help="shards written by data_prep/shard.py (default: random documents)")
     profile = "also where the GPU's time goes, from one more update of each case with the first --accumulate"
@@ -87,17 +89,21 @@ def main() -> int:
         for side in sides:
             arguments = ["--data", f"{work}/data"] if options.data is None else []
             command = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], *arguments, "--side", side]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "SWAX_BENCHMARK_WORK": work}, check=False)
-            lines = done.stdout.splitlines()
-            if done.returncode:
+            environment = {**os.environ, "SWAX_BENCHMARK_WORK": work}
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+                for line in process.stdout:
+                    tell(line.rstrip(), options.out)
+            if process.returncode:
                 failed += 1
-                lines.append(json.dumps({"case": "training step", "side": side, "failed": f"exit code {done.returncode}"}))
-            for line in lines:
-                print(line, flush=True)
-                if options.out is not None:
-                    with options.out.open("a", encoding="utf-8") as file:
-                        file.write(line + "\n")
+                tell(json.dumps({"case": "training step", "side": side, "failed": f"exit code {process.returncode}"}), options.out)
     return 1 if failed else 0
+
+
+def tell(line: str, out: Path | None) -> None:
+    print(line, flush=True)
+    if out is not None and line.startswith("{"):
+        with out.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 def check(options: argparse.Namespace) -> None:
@@ -161,12 +167,14 @@ def peer(options: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
     return cases(options.side, settings(options, shape, 1), options.accumulate, options.steps)
 
 
-def ours(options: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
+def ours(options: argparse.Namespace, shape: str) -> Iterator[dict[str, Any]]:
     """Our trainer at every window and number of micro-batches."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         os.environ.setdefault(name, value)
     quiet_libraries()
     device.install_cpu_shim()
+    from swax_megatron.kernels.fp8 import Weights
+    from swax_megatron.model.linear import ColumnLinear, RowLinear
     from swax_megatron.model.swax import build_model
     from swax_megatron.model.window import WindowSchedule
     from swax_megatron.optim.build import build_optimizer
@@ -180,22 +188,24 @@ def ours(options: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
     began = time.perf_counter()
     backend = build_optimizer(config, build_model(config, joined), joined)
     build_seconds = time.perf_counter() - began
-    cases = itertools.product(options.accumulate, options.recompute or [config.train.recompute])
-    found: list[dict[str, Any]] = []
-    for accumulate, recompute in cases:
+    products = [False, True] if options.fp8 else [config.train.fp8]
+    cases = itertools.product(options.accumulate, options.recompute or [config.train.recompute], products)
+    for accumulate, recompute, small in cases:
         config = settings(options, shape, accumulate)
         for chunk in backend.chunks:
             chunk.config.recompute_granularity = None if recompute == "none" else recompute
+            for module in chunk.modules():
+                if isinstance(module, (ColumnLinear, RowLinear)):
+                    module.small = Weights() if small else None
         trainer = Trainer(config, joined, backend, build_mixture(config, config.data.train, "train", config.train.data_seed))
         for window in sorted(set(config.window.windows)):
             fixed = dataclasses.replace(config.window, schedule="fixed", windows=[window], anneal_fraction=0.0, anneal_window=window)
             trainer.windows = WindowSchedule.from_config(dataclasses.replace(config, window=fixed))
             measured = one_case(trainer, options, cuda, options.profile and accumulate == options.accumulate[0])
-            named = {"window": window, "micro-batches": accumulate, "recompute": recompute, "build_seconds": round(build_seconds, 1)}
-            found.append(named | measured)
+            named = {"window": window, "micro-batches": accumulate, "recompute": recompute, "fp8": small}
+            yield named | measured | {"build_seconds": round(build_seconds, 1)}
         trainer.feed.close()
     groups.shut_down()
-    return found
 
 
 def one_case(trainer: Any, options: argparse.Namespace, cuda: bool, profiled: bool) -> dict[str, Any]:

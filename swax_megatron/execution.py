@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from swax_megatron.data.packing import Batch
+from swax_megatron.kernels import fp8
 from swax_megatron.parallel.context import sequence_context
 from swax_megatron.parallel.groups import Groups
 from swax_megatron.parallel.schedule import pipeline_schedule
@@ -50,6 +51,7 @@ def run_microbatches(job: Pass, batches: Sequence[Batch], *, backward: bool) -> 
     averages over data- and context-parallel ranks; both are undone here.
     """
     groups, device = job.groups, job.groups.device
+    fp8.Weights.changed()
     mine = torch.stack([batch.loss_mask_bt.sum() for batch in batches]).sum()
     targets = mine.clone()
     dist.all_reduce(targets, group=groups.data)

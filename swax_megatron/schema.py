@@ -179,6 +179,7 @@ class TrainConfig:
     global_batch_size: int = _f(64, "rows an update over all ranks")
     batch_ramp: list[BatchPhase] = _f([], "smaller batches before global_batch_size is reached, e.g. [{until_step: 500, rows: 16}]")
     precision: Literal["bf16", "fp32"] = _f("bf16", "type of weights and activations; masters and optimizer state are fp32")
+    fp8: bool = _f(False, "matrix products of the layers' projections in 8 bits (Hopper GPUs only; docs/throughput.md)")
     recompute: Literal["none", "selective", "full"] = _f(
         "none", "activations recomputed in backward: none; selective, the mixers' cores; full, whole layers"
     )

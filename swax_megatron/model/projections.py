@@ -12,12 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from swax_megatron.kernels import fp8
 from swax_megatron.model.linear import ColumnLinear
 
 
 def project(x_sbh: Tensor, *layers: ColumnLinear) -> tuple[Tensor, ...]:
     """Every layer of x. Under ZeRO's stage 3 each is called by itself, for DeepSpeed gathers weights module by module."""
     weights = [layer.weight for layer in layers]
+    if layers[0].small is not None:
+        return fp8.Products.apply(x_sbh, layers[0].small, *weights)
     if any(hasattr(weight, "ds_id") for weight in weights):
         return tuple(layer(x_sbh) for layer in layers)
     return _Projections.apply(x_sbh, *weights)

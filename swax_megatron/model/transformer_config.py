@@ -22,6 +22,7 @@ class SwaxTransformerConfig(TransformerConfig):
     kernels: KernelConfig | None = None
     groups: ProcessGroupCollection | None = None
     z_loss: float = 0.0
+    small_products: bool = False  # projections in 8 bits (train.fp8; Megatron's own fp8 is another)
     loss_chunk: int = 0  # tokens whose logits exist at a time; 0: all
 
 
@@ -50,6 +51,7 @@ def transformer_config(config: Config, groups: Groups) -> SwaxTransformerConfig:
         groups=groups.collection,
         z_loss=config.optimizer.z_loss,
         loss_chunk=config.train.loss_chunk,
+        small_products=config.train.fp8,
         num_layers=len(parse_pattern(model.pattern)),
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,

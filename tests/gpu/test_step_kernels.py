@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from swax_megatron.kernels import fp8
 from swax_megatron.kernels.losses import logit_gradients, logit_statistics
 from swax_megatron.kernels.norm import rms_norm, rms_norm_beside
 from swax_megatron.kernels.update import AdamW
@@ -69,3 +70,33 @@ def test_update() -> None:
         mine(gradients, 3e-3, (0.9, 0.95), 1e-8, step, 0.5)
     assert float((torch.cat([p.detach() for p in expected]) - masters).abs().max()) < 2e-6
     assert torch.equal(masters.bfloat16(), weights)
+
+
+@pytest.mark.parametrize("kind", [fp8.FORWARD, fp8.BACKWARD])
+def test_eight_bits(kind: torch.dtype) -> None:
+    random = torch.Generator("cuda").manual_seed(4)
+    pieces = [torch.randn(400, width, device="cuda", generator=random).bfloat16() for width in (96, 256)]
+    small = fp8.shrink(pieces, kind)
+    whole = torch.cat(pieces, 1)
+    limit = torch.finfo(kind).max
+    expected = (whole.float() * (limit / whole.float().abs().max())).to(kind)
+    assert torch.equal(small.turned.view(torch.uint8), small.plain.t().contiguous().view(torch.uint8))
+    assert float(small.scale) == pytest.approx(float(whole.abs().max()) / limit, rel=1e-6)
+    assert (small.plain.view(torch.uint8) != expected.view(torch.uint8)).float().mean() < 1e-3  # a tie that falls the other way
+    below = fp8.shrink([piece.t().contiguous() for piece in pieces], kind, across=False)
+    assert torch.equal(below.plain.view(torch.uint8), small.turned.view(torch.uint8))
+
+
+def test_products_in_eight_bits() -> None:
+    random = torch.Generator("cuda").manual_seed(5)
+    x = torch.randn(8, 2, 256, device="cuda", generator=random).bfloat16().requires_grad_()
+    weights = [(0.05 * torch.randn(rows, 256, device="cuda", generator=random)).bfloat16().requires_grad_() for rows in (128, 64)]
+    upstream = [torch.randn(8, 2, rows, device="cuda", generator=random).bfloat16() for rows in (128, 64)]
+    found = fp8.Products.apply(x, fp8.Weights(), *weights)
+    gradients = torch.autograd.grad(found, (x, *weights), upstream)
+    wide = [tensor.detach().double().requires_grad_() for tensor in (x, *weights)]
+    expected = [wide[0] @ weight.t() for weight in wide[1:]]
+    for mine, true in zip(found, expected, strict=True):
+        assert error(mine.detach(), true.detach()) < 0.05
+    for mine, true in zip(gradients, torch.autograd.grad(expected, wide, [dy.double() for dy in upstream]), strict=True):
+        assert error(mine, true) < 0.1
