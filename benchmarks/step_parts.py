@@ -97,17 +97,29 @@ def measure(run: Callable[[], None], cuda: bool) -> dict[str, Any]:
     }
 
 
-def idle(run: Callable[[], None]) -> float:
-    """The share of a run's wall time in which no kernel of the GPU runs; only kernels are recorded, so that recording costs little."""
+def idle(run: Callable[[], Any], times: int = 3) -> tuple[float, list[tuple[float, str, str]]]:
+    """The share of wall time in which no kernel of the GPU runs, and the longest pauses: ms, the kernel before, the kernel after.
+
+    Only kernels are recorded, so that recording costs little.
+    """
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         started = time.perf_counter()
-        run()
+        for _ in range(times):
+            run()
         torch.cuda.synchronize()
         seconds = time.perf_counter() - started
     events = profiler.profiler.kineto_results.events()
     kernels = [event for event in events if event.device_type() == DeviceType.CUDA and not event.is_user_annotation()]
-    return 1.0 - _union([(event.start_ns(), event.end_ns()) for event in kernels]) / 1e9 / seconds
+    busy = _union([(event.start_ns(), event.end_ns()) for event in kernels]) / 1e9
+    pauses, last = [], None
+    for event in sorted(kernels, key=lambda event: event.start_ns()):
+        if last is not None and event.start_ns() > last.end_ns():
+            pauses.append(((event.start_ns() - last.end_ns()) / 1e6, last.name()[:60], event.name()[:60]))
+        if last is None or event.end_ns() > last.end_ns():
+            last = event
+    longest = sorted(pauses, reverse=True)[: 5 * times]
+    return 1.0 - busy / seconds, [(round(length, 3), before, after) for length, before, after in longest]
 
 
 def _paths(events: list[Any]) -> dict[int, str]:

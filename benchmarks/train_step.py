@@ -180,7 +180,7 @@ def ours(options: argparse.Namespace, shape: str) -> Iterator[dict[str, Any]]:
     from swax_megatron.optim.build import build_optimizer
     from swax_megatron.parallel import groups
     from swax_megatron.sources import build_mixture
-    from swax_megatron.trainer import Trainer
+    from swax_megatron.trainer import Trainer, spare_collector
 
     config = settings(options, shape, 1)
     joined = groups.initialize(config)
@@ -188,6 +188,7 @@ def ours(options: argparse.Namespace, shape: str) -> Iterator[dict[str, Any]]:
     began = time.perf_counter()
     backend = build_optimizer(config, build_model(config, joined), joined)
     build_seconds = time.perf_counter() - began
+    spare_collector()
     products = [False, True] if options.fp8 else [config.train.fp8]
     cases = itertools.product(options.accumulate, options.recompute or [config.train.recompute], products)
     for accumulate, recompute, small in cases:
@@ -233,7 +234,8 @@ def one_case(trainer: Any, options: argparse.Namespace, cuda: bool, profiled: bo
     }
     if cuda:
         case["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        case["launch_gaps"] = round(idle(trainer.train_step), 4)
+        gaps, pauses = idle(trainer.train_step)
+        case |= {"launch_gaps": round(gaps, 4), "pauses_ms": pauses}
     if profiled:
         calls = {(trainer.backend, "update"): "update", (trainer.backend, "reduce"): "gradient norm", (trainer.feed, "take"): "data"}
         with marked(modules(trainer.backend.chunks), calls):

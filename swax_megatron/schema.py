@@ -183,7 +183,9 @@ class TrainConfig:
     recompute: Literal["none", "selective", "full"] = _f(
         "none", "activations recomputed in backward: none; selective, the mixers' cores; full, whole layers"
     )
-    loss_chunk: int = _f(1024, "tokens whose logits exist at a time, in forward and again in backward; 0: all of a micro-batch")
+    loss_chunk: int = _f(
+        1024, "tokens whose logits exist at a time, in forward and again in backward; 0: all, computed once and kept for backward"
+    )
     model_seed: int = _f(1, "seed of the initial weights")
     data_seed: int = _f(1, "seed of the data order")
     window_seed: int = _f(1, "seed of the window draws")

@@ -6,6 +6,7 @@ Everything optional is a callback (``swax_megatron/callbacks``). What a run carr
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -28,6 +29,12 @@ from swax_megatron.resilience.progress import OVER, Progress
 from swax_megatron.resilience.stop import StopRequest
 from swax_megatron.schema import Config
 from swax_megatron.state import Proposal, StepResult, TrainState
+
+
+def spare_collector() -> None:
+    """Python's garbage collector need not look through the model and the libraries again and again: it would stop a step for as long."""
+    gc.collect()
+    gc.freeze()
 
 
 class Trainer:
@@ -59,11 +66,13 @@ class Trainer:
         try:
             self._fit()
         finally:
+            gc.unfreeze()
             self.progress.enter(OVER, self.state.step)
             self.feed.close()
             self.backend.close()
 
     def _fit(self) -> None:
+        spare_collector()
         self.record("resume", step=self.state.step)
         for callback in self.callbacks:
             callback.on_start(self)

@@ -3,7 +3,8 @@
 Tokens are taken in chunks: the logits of a chunk are computed, capped, masked and reduced to two numbers a token (the
 log-partition and the target's logit), then forgotten; backward computes them again, chunk by chunk. That is one more
 product with the head's weight, against 4 bytes x tokens x vocabulary of fp32 logits, kept several times over. On a GPU
-a kernel reduces the product as it comes (kernels/losses), so that a chunk exists once, in the model's type.
+a kernel reduces the product as it comes (kernels/losses), so that a chunk exists once, in the model's type. Where one
+chunk holds all tokens, its logits are kept for backward (in the model's type) instead of computed again.
 
 Legend: s sequence, b batch, h hidden, n = s * b tokens, c tokens of a chunk, v vocabulary rows of this rank.
 """
@@ -67,12 +68,15 @@ class TokenLosses(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_nh: Tensor, weight_vh: Tensor, targets_n: Tensor, vocabulary: Vocabulary, chunk: int
     ) -> tuple[Tensor, Tensor]:
-        parts = [
-            vocabulary.statistics(hidden_ch @ weight_vh.t(), targets_c)
-            for hidden_ch, targets_c in zip(hidden_nh.split(chunk), targets_n.split(chunk), strict=True)
-        ]
+        parts, kept = [], []
+        for hidden_ch, targets_c in zip(hidden_nh.split(chunk), targets_n.split(chunk), strict=True):
+            raw_cv = hidden_ch @ weight_vh.t()
+            parts.append(vocabulary.statistics(raw_cv, targets_c))
+            if len(hidden_nh) <= chunk:
+                kept.append(raw_cv)
         log_partition_n, chosen_n = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
         ctx.save_for_backward(hidden_nh, weight_vh, targets_n, log_partition_n)
+        ctx.kept = kept
         ctx.vocabulary, ctx.chunk = vocabulary, chunk
         return log_partition_n, chosen_n
 
@@ -84,7 +88,7 @@ class TokenLosses(torch.autograd.Function):
         d_weight_vh: Tensor | None = None
         for start in range(0, len(hidden_nh), chunk):
             piece = slice(start, start + chunk)
-            raw_cv = hidden_nh[piece] @ weight_vh.t()
+            raw_cv = ctx.kept.pop() if ctx.kept else hidden_nh[piece] @ weight_vh.t()
             d_raw_cv = vocabulary.gradients(raw_cv, targets_n[piece], log_partition_n[piece], d_log_partition_n[piece], d_chosen_n[piece])
             torch.mm(d_raw_cv, weight_vh, out=d_hidden_nh[piece])
             share_vh = d_raw_cv.t() @ hidden_nh[piece]

@@ -49,7 +49,7 @@ class DirectUpdate(WholeGradients):
             yield from ((parameter, group) for parameter in parameters)
 
     def _gradient(self, parameter: nn.Parameter) -> Tensor:
-        """Wide, for sums over ranks."""
+        """In fp32, for sums over ranks; what no sum needs stays as it is."""
         parameter.grad_accum = parameter.grad_accum.float()
         return parameter.grad_accum
 

@@ -271,7 +271,8 @@ class WholeGradients(ZeroBackend):
         self._zero.reduce_gradients(pipeline_parallel=True)
 
     def _reduce_over_model_parallel_ranks(self) -> None:
-        self._sum_over_tensor_ranks((parameter, self._gradient(parameter)) for parameter in self._parameters)
+        partial = [parameter for parameter in self._parameters if parameter.sequence_parallel and self._groups.tensor_size > 1]
+        self._sum_over_tensor_ranks((parameter, self._gradient(parameter)) for parameter in partial)
         tied, groups = self.chunks[0].share_embeddings_and_output_weights, self._groups
         if tied and groups.pipeline_size > 1 and (groups.pipeline_rank == 0 or groups.is_last_stage):
             chunk = self.chunks[0] if groups.pipeline_rank == 0 else self.chunks[-1]
