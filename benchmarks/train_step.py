@@ -64,6 +64,7 @@ def main() -> int:
     parser.add_argument("--accumulate", nargs="+", type=int, default=[1, 8], help="micro-batches an update (default: 1 8)")
     parser.add_argument("--recompute", nargs="+", choices=("none", "selective"), help="of our side (default: train.recompute)")
     parser.add_argument("--fp8", action="store_true", help="every case of ours again with the projections in 8 bits")
+    parser.add_argument("--quick-start", action="store_true", help="all our weights drawn on the device at once, not by their names")
     parser.add_argument("--steps", type=int, default=10, help="timed updates of each case (default: %(default)s)")
     parser.add_argument("--data", type=Path, help="shards written by data_prep/shard.py (default: random documents)")
     profile = "also where the GPU's time goes, from one more update of each case with the first --accumulate"
@@ -145,35 +146,35 @@ def settings(options: argparse.Namespace, shape: str, accumulate: int) -> Any:
 def one_side(options: argparse.Namespace) -> None:
     """Every case of one side, a line each."""
     cuda = torch.cuda.is_available()
-    for shape in options.shapes:
-        measured = ours(options, shape) if options.side == "ours" else peer(options, shape)
-        for case in measured:
-            line = {
-                "case": f"training step of {Path(options.config).stem}",
-                "side": options.side,
-                "shape": shape,
-                **case,
-                "device": torch.cuda.get_device_name() if cuda else "CPU",
-                "torch": torch.__version__,
-                "date": time.strftime("%F"),
-                "command": "python -m benchmarks.train_step " + " ".join(sys.argv[1 : sys.argv.index("--side")]),
-            }
-            print(json.dumps(line), flush=True)
+    for case in ours(options) if options.side == "ours" else peer(options):
+        line = {
+            "case": f"training step of {Path(options.config).stem}",
+            "side": options.side,
+            **case,
+            "device": torch.cuda.get_device_name() if cuda else "CPU",
+            "torch": torch.__version__,
+            "date": time.strftime("%F"),
+            "command": "python -m benchmarks.train_step " + " ".join(sys.argv[1 : sys.argv.index("--side")]),
+        }
+        print(json.dumps(line), flush=True)
 
 
-def peer(options: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
+def peer(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from benchmarks.step_peers import cases
 
-    return cases(options.side, settings(options, shape, 1), options.accumulate, options.steps)
+    for shape in options.shapes:
+        for case in cases(options.side, settings(options, shape, 1), options.accumulate, options.steps):
+            yield {"shape": shape, **case}
 
 
-def ours(options: argparse.Namespace, shape: str) -> Iterator[dict[str, Any]]:
-    """Our trainer at every window and number of micro-batches."""
+def ours(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Our trainer at every shape, window and number of micro-batches. The model is built once: it does not depend on them."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         os.environ.setdefault(name, value)
     quiet_libraries()
     device.install_cpu_shim()
     from swax_megatron.kernels.fp8 import Weights
+    from swax_megatron.model import parameters
     from swax_megatron.model.linear import ColumnLinear, RowLinear
     from swax_megatron.model.swax import build_model
     from swax_megatron.model.window import WindowSchedule
@@ -182,16 +183,18 @@ def ours(options: argparse.Namespace, shape: str) -> Iterator[dict[str, Any]]:
     from swax_megatron.sources import build_mixture
     from swax_megatron.trainer import Trainer, spare_collector
 
-    config = settings(options, shape, 1)
+    config = settings(options, options.shapes[0], 1)
     joined = groups.initialize(config)
+    if options.quick_start:
+        parameters.fill = lambda block, *_: block.normal_(0.0, config.model.init_std)
     cuda = joined.device.type == "cuda"
     began = time.perf_counter()
     backend = build_optimizer(config, build_model(config, joined), joined)
     build_seconds = time.perf_counter() - began
     spare_collector()
     products = [False, True] if options.fp8 else [config.train.fp8]
-    cases = itertools.product(options.accumulate, options.recompute or [config.train.recompute], products)
-    for accumulate, recompute, small in cases:
+    cases = itertools.product(options.shapes, options.accumulate, options.recompute or [config.train.recompute], products)
+    for shape, accumulate, recompute, small in cases:
         config = settings(options, shape, accumulate)
         for chunk in backend.chunks:
             chunk.config.recompute_granularity = None if recompute == "none" else recompute
@@ -203,7 +206,7 @@ def ours(options: argparse.Namespace, shape: str) -> Iterator[dict[str, Any]]:
             fixed = dataclasses.replace(config.window, schedule="fixed", windows=[window], anneal_fraction=0.0, anneal_window=window)
             trainer.windows = WindowSchedule.from_config(dataclasses.replace(config, window=fixed))
             measured = one_case(trainer, options, cuda, options.profile and accumulate == options.accumulate[0])
-            named = {"window": window, "micro-batches": accumulate, "recompute": recompute, "fp8": small}
+            named = {"shape": shape, "window": window, "micro-batches": accumulate, "recompute": recompute, "fp8": small}
             yield named | measured | {"build_seconds": round(build_seconds, 1)}
         trainer.feed.close()
     groups.shut_down()
@@ -234,7 +237,7 @@ def one_case(trainer: Any, options: argparse.Namespace, cuda: bool, profiled: bo
     }
     if cuda:
         case["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        gaps, pauses = idle(trainer.train_step)
+        gaps, pauses = idle(trainer.train_step, times=3 if config.train.global_batch_size == config.train.micro_batch_size else 1)
         case |= {"launch_gaps": round(gaps, 4), "pauses_ms": pauses}
     if profiled:
         calls = {(trainer.backend, "update"): "update", (trainer.backend, "reduce"): "gradient norm", (trainer.feed, "take"): "data"}

@@ -17,11 +17,15 @@ from swax_megatron.model.linear import ColumnLinear
 
 
 def project(x_sbh: Tensor, *layers: ColumnLinear) -> tuple[Tensor, ...]:
-    """Every layer of x. Under ZeRO's stage 3 each is called by itself, for DeepSpeed gathers weights module by module."""
+    """Every layer of x.
+
+    Each is called by itself where there are no gradients to add up, and under ZeRO's stage 3, where DeepSpeed gathers weights module by
+    module.
+    """
     weights = [layer.weight for layer in layers]
     if layers[0].small is not None:
         return fp8.Products.apply(x_sbh, layers[0].small, *weights)
-    if any(hasattr(weight, "ds_id") for weight in weights):
+    if not torch.is_grad_enabled() or any(hasattr(weight, "ds_id") for weight in weights):
         return tuple(layer(x_sbh) for layer in layers)
     return _Projections.apply(x_sbh, *weights)
 
@@ -43,6 +47,6 @@ class _Projections(torch.autograd.Function):
         d_weights = []
         for index, (dy, weight) in enumerate(zip(gradients, weights, strict=True)):
             dy = dy.reshape(-1, dy.shape[-1])
-            torch.mm(dy, weight, out=flat_dx) if index == 0 else flat_dx.addmm_(dy, weight)
+            torch.mm(dy, weight, out=flat_dx) if index == 0 else torch.addmm(flat_dx, dy, weight, out=flat_dx)
             d_weights.append(dy.t() @ flat_x if ctx.needs_input_grad[1 + index] else None)
         return flat_dx.view(x.shape), *d_weights

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096  # elements a program
+BLOCK, WARPS = 4096, 8  # elements and warps of a program
 
 
 @triton.jit
@@ -103,5 +103,5 @@ class _Launch:
         if self._table.is_cuda:
             moved = moved.pin_memory().to(self._table.device, non_blocking=True)
         adamw[(len(self._blocks),)](
-            self._table, moved, self._blocks, *numbers, WEIGHT=self._kind, BLOCK=BLOCK, ALIGNED=self._aligned, num_warps=8
+            self._table, moved, self._blocks, *numbers, WEIGHT=self._kind, BLOCK=BLOCK, ALIGNED=self._aligned, num_warps=WARPS
         )  # fmt: skip
