@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from swax_megatron.model.cost import COSTS, training_flops
 from swax_megatron.model.pattern import parse_pattern
+from swax_megatron.model.stages import head_passes
 from swax_megatron.plan.layout import Layout
 from swax_megatron.plan.traffic import Cluster, context_bytes, data_bytes, heads_suffice, pipeline_bytes, tensor_bytes
 
@@ -99,7 +100,7 @@ def _seconds(layout: Layout, cluster: Cluster, stage: int, window: int, how: str
         outside = COSTS[kind].projection_flops(model) + 6.0 * model.hidden_size * model.ffn_hidden_size
         flops += count * (passes * (core + outside) + again * core)
     if stage == layout.pipeline - 1:
-        flops += 4.0 * 2.0 * model.hidden_size * model.vocab_size  # the loss computes its logits twice
+        flops += head_passes(layout.config) * 2.0 * model.hidden_size * model.vocab_size
     return flops * layout.tokens / layout.tensor / (cluster.peak_tflops * 1e12 * cluster.efficiency)
 
 

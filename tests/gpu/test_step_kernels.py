@@ -73,18 +73,32 @@ def test_update() -> None:
 
 
 @pytest.mark.parametrize("kind", [fp8.FORWARD, fp8.BACKWARD])
-def test_eight_bits(kind: torch.dtype) -> None:
+@pytest.mark.parametrize(("rows", "widths"), [(400, (96, 256)), (1024, (128,)), (256, (128, 384, 256)), (4112, (16, 32, 48, 2048))])
+def test_eight_bits(kind: torch.dtype, rows: int, widths: tuple[int, ...]) -> None:
     random = torch.Generator("cuda").manual_seed(4)
-    pieces = [torch.randn(400, width, device="cuda", generator=random).bfloat16() for width in (96, 256)]
-    small = fp8.shrink(pieces, kind)
-    whole = torch.cat(pieces, 1)
-    limit = torch.finfo(kind).max
-    expected = (whole.float() * (limit / whole.float().abs().max())).to(kind)
-    assert torch.equal(small.turned.view(torch.uint8), small.plain.t().contiguous().view(torch.uint8))
-    assert float(small.scale) == pytest.approx(float(whole.abs().max()) / limit, rel=1e-6)
-    assert (small.plain.view(torch.uint8) != expected.view(torch.uint8)).float().mean() < 1e-3  # a tie that falls the other way
-    below = fp8.shrink([piece.t().contiguous() for piece in pieces], kind, across=False)
-    assert torch.equal(below.plain.view(torch.uint8), small.turned.view(torch.uint8))
+    pieces = [torch.randn(rows, width, device="cuda", generator=random).bfloat16() for width in widths]
+    plain, turned, scale = fp8.shrink(pieces, kind)
+    whole, limit = torch.cat(pieces, 1).float(), torch.finfo(kind).max
+    expected = (whole * (limit / whole.abs().max())).to(kind)
+    assert torch.equal(turned.view(torch.uint8), plain.t().contiguous().view(torch.uint8))
+    assert float(scale) == pytest.approx(float(whole.abs().max()) / limit, rel=1e-6)
+    assert (plain.view(torch.uint8) != expected.view(torch.uint8)).float().mean() < 1e-3  # a tie that falls the other way
+
+
+def test_weights_in_eight_bits() -> None:
+    """Brought along together after every change, with a scale of their own each."""
+    random = torch.Generator("cuda").manual_seed(6)
+    sizes = ((256, (128, 384)), (2048, (1024, 512, 48)))
+    groups = [[torch.randn(rows, width, device="cuda", generator=random).bfloat16() for rows in heights] for width, heights in sizes]
+    holders = [fp8.Weights() for _ in groups]
+    for _ in range(3):
+        fp8.Weights.changed()
+        groups[1][0].mul_(3.0)
+        for holder, weights in zip(holders, groups, strict=True):
+            plain, turned, scale = holder.small(weights)
+            whole = torch.cat(weights).float()
+            assert torch.equal(turned.view(torch.uint8), plain.t().contiguous().view(torch.uint8))
+            assert error(plain.float() * scale, whole.double()) < 0.04
 
 
 def test_products_in_eight_bits() -> None:

@@ -75,15 +75,23 @@ def run_update() -> None:
 
 
 def run_eight_bits() -> None:
-    """Values, both ways up, side by side and one above the other."""
+    """Values, both ways up: matrices side by side, and weights one above the other, brought along together."""
     random = torch.Generator().manual_seed(4)
-    pieces = [torch.randn(40, width, generator=random) for width in (32, 160)]
-    for kind in (fp8.FORWARD, fp8.BACKWARD):
-        small, whole = fp8.shrink(pieces, kind), torch.cat(pieces, 1)
-        assert torch.equal(small.turned.float(), small.plain.float().t())
-        close("8 bits", [small.plain.float() * small.scale], [whole], 0.15)  # the interpreter rounds towards zero
-        below = fp8.shrink([piece.t().contiguous() for piece in pieces], kind, across=False)
-        assert torch.equal(below.plain.float(), small.turned.float())
+    for widths in ((32,), (48, 160), (16, 128, 32), (128, 128, 128, 256)):
+        pieces = [torch.randn(48, width, generator=random) for width in widths]
+        for kind in (fp8.FORWARD, fp8.BACKWARD):
+            plain, turned, scale = fp8.shrink(pieces, kind)
+            assert torch.equal(turned.float(), plain.float().t())
+            close("8 bits", [plain.float() * scale], [torch.cat(pieces, 1)], 0.15)  # the interpreter rounds towards zero
+    groups = [[torch.randn(rows, width, generator=random) for rows in heights] for width, heights in ((48, (16, 160)), (128, (256,)))]
+    holders = [fp8.Weights() for _ in groups]
+    for _ in range(3):
+        fp8.Weights.changed()
+        groups[0][0].mul_(2.0)
+        for holder, weights in zip(holders, groups, strict=True):
+            plain, turned, scale = holder.small(weights)
+            assert torch.equal(turned.float(), plain.float().t())
+            close("weights in 8 bits", [plain.float() * scale], [torch.cat(weights)], 0.15)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 4096, 8  # elements and warps of a program
+BLOCK, WARPS = 1024, 8  # elements and warps of a program
 
 
 @triton.jit
 def _pointer(table_ptr, column, COLUMNS: tl.constexpr, tensor, at, KIND: tl.constexpr, ALIGNED: tl.constexpr):
     """Where element ``at`` of a tensor lies, by the table of addresses."""
-    start = tl.load(table_ptr + tensor * COLUMNS + column)
+    start = tl.load(table_ptr + tensor * COLUMNS + column).to(tl.pointer_type(KIND))
     if ALIGNED:
         start = tl.multiple_of(start, 16)
-    return start.to(tl.pointer_type(KIND)) + at
+    return start + at
 
 
 @triton.jit
@@ -34,8 +34,13 @@ def adamw(
     """
     program = tl.program_id(0).to(tl.int64)
     tensor, block = tl.load(blocks_ptr + 2 * program).to(tl.int64), tl.load(blocks_ptr + 2 * program + 1).to(tl.int64)
-    at = block * BLOCK + tl.arange(0, BLOCK)
-    real = at < tl.load(table_ptr + tensor * 6 + 4)
+    lane = tl.arange(0, BLOCK)
+    at = block * BLOCK + lane
+    left = tl.minimum(tl.load(table_ptr + tensor * 6 + 4) - block * BLOCK, BLOCK).to(tl.int32)
+    if ALIGNED:  # said in groups of 16, which are then read and written whole
+        real = lane // 16 < left // 16
+    else:
+        real = lane < left
     decay = tl.load(table_ptr + tensor * 6 + 5).to(tl.float32) * 1e-9
     master_at = _pointer(table_ptr, 0, 6, tensor, at, tl.float32, ALIGNED)
     mean_at = _pointer(table_ptr, 1, 6, tensor, at, tl.float32, ALIGNED)
@@ -63,7 +68,7 @@ class AdamW:
 
     def __init__(self, pieces: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], decays: Sequence[float]) -> None:
         """pieces: fp32 master, both moments (flat) and weight (any shape) of every parameter, all dense; decays: its weight decay."""
-        aligned = [all(tensor.data_ptr() % 16 == 0 for tensor in piece) for piece in pieces]
+        aligned = [piece[0].numel() % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in piece) for piece in pieces]
         parts = [[i for i, kind in enumerate(aligned) if kind is wanted] for wanted in (True, False)]
         self._launches = [
             (part, _Launch([pieces[i] for i in part], [decays[i] for i in part], aligned[part[0]])) for part in parts if part
@@ -79,7 +84,7 @@ class AdamW:
 
 
 class _Launch:
-    """Tensors that one launch updates. aligned: all of them begin at multiples of 16 bytes, so that they are read in groups."""
+    """Tensors that one launch updates. aligned: they begin at multiples of 16 bytes and hold multiples of 16 elements."""
 
     def __init__(self, pieces: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], decays: Sequence[float], aligned: bool) -> None:
         device = pieces[0][0].device
