@@ -43,8 +43,8 @@ class Totals:
     busy: float = 0.0
 
 
-def run_microbatches(job: Pass, batches: Sequence[Batch], *, backward: bool) -> Totals:
-    """Forward (and backward) of this rank's microbatches.
+def run_microbatches(job: Pass, batches: Sequence[Batch], *, backward: bool, meanwhile: Callable[[], None] = lambda: None) -> Totals:
+    """Forward (and backward) of this rank's microbatches; ``meanwhile`` is called when all are under way, before the losses are read.
 
     The loss is the sum over tokens divided by the number of unmasked targets of the **global** batch, never a mean of
     means: rows with few targets weigh little. The schedule divides by the number of microbatches and the optimizer
@@ -80,6 +80,7 @@ def run_microbatches(job: Pass, batches: Sequence[Batch], *, backward: bool) -> 
         backward=backward,
     )
     summed = torch.stack([report["loss"] for report in reports]).sum() if reports else torch.zeros((), device=device)
+    meanwhile()
     totals = _reduce(summed, mine, targets, groups, on_last_stage=bool(reports))  # reading the loss waits for the device
     return replace(totals, busy=clock.seconds())
 

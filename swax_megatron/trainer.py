@@ -109,7 +109,8 @@ class Trainer:
 
         self.progress.enter("compute", step, size)
         self.backend.zero_grad(len(batches))
-        totals = run_microbatches(Pass(self.config, self.groups, self.backend.chunks, windows), batches, backward=True)
+        job = Pass(self.config, self.groups, self.backend.chunks, windows)
+        totals = run_microbatches(job, batches, backward=True, meanwhile=self.backend.begin_reduce)
         rate = learning_rate(self.config, step, self.state.tokens_seen)
         self.progress.enter("update", step, size)
         grad_norm = self.backend.reduce()

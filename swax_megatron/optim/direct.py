@@ -34,7 +34,8 @@ class DirectUpdate(WholeGradients):
         for hook in self._zero._grad_acc_hooks:
             hook.remove()
         self._zero._grad_acc_hooks = [parameter.register_post_accumulate_grad_hook(_add_up) for parameter in self._parameters]
-        self._updates = 0
+        self._updates, self._norm_read = 0, 0.0
+        self._begun: Tensor | None = None  # the gradients' norm on its way
         pieces = list(self._pieces())
         names = ("param", "exp_avg", "exp_avg_sq")
         decays = {id(parameter): group["weight_decay"] for parameter, group in self._grouped()}
@@ -61,22 +62,32 @@ class DirectUpdate(WholeGradients):
     def _partition_gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         yield from ((parameter, parameter.grad_accum) for parameter in self._updated)
 
+    def begin_reduce(self) -> None:
+        self._reduce()
+        self._begun = self._norm()
+        self._adamw.ready([parameter.grad_accum for parameter in self._updated])
+
+    def reduce(self) -> float:
+        if self._begun is None:
+            self.begin_reduce()
+        self._norm_read, self._begun = float(self._begun), None
+        return self._norm_read
+
     def update(self, learning_rate: float) -> None:
         optimizer = self._config.optimizer
         self._updates += 1
-        clip = (float(self._known_norm) + 1e-6) / optimizer.clip_grad if optimizer.clip_grad else 1.0
-        self._adamw(
-            [parameter.grad_accum for parameter in self._updated],
-            learning_rate,
-            (optimizer.beta1, optimizer.beta2),
-            optimizer.eps,
-            self._updates,
-            1.0 / max(clip, 1.0),
-        )
-        self._zero.zero_grad(set_to_none=True)
+        clip = (self._norm_read + 1e-6) / optimizer.clip_grad if optimizer.clip_grad else 1.0
+        self._adamw(learning_rate, (optimizer.beta1, optimizer.beta2), optimizer.eps, self._updates, 1.0 / max(clip, 1.0))
+        self.zero_grad(0)
+
+    def zero_grad(self, microbatches: int) -> None:
+        for parameter in self._parameters:
+            parameter.grad = parameter.grad_accum = None
+        self._adamw.forget()
+        self._begun = None
 
     def discard(self) -> None:
-        self._zero.zero_grad(set_to_none=True)
+        self.zero_grad(0)
 
     def loaded(self, updates: int) -> None:
         super().loaded(updates)

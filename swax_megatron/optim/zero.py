@@ -151,6 +151,10 @@ class ZeroBackend(ABC):
     def zero_grad(self, microbatches: int) -> None:
         self._zero.zero_grad(set_to_none=True)
 
+    def begin_reduce(self) -> None:
+        """DeepSpeed's reductions wait for ``reduce``."""
+        self._known_norm: Tensor | None = None
+
     def reduce(self) -> float:
         self._reduce()
         known = self._known_norm = self._norm()

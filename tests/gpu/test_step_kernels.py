@@ -67,7 +67,8 @@ def test_update() -> None:
         for parameter, gradient in zip(expected, gradients, strict=True):
             parameter.grad = gradient.float() * 0.5
         true.step()
-        mine(gradients, 3e-3, (0.9, 0.95), 1e-8, step, 0.5)
+        mine.ready(gradients)
+        mine(3e-3, (0.9, 0.95), 1e-8, step, 0.5)
     assert float((torch.cat([p.detach() for p in expected]) - masters).abs().max()) < 2e-6
     assert torch.equal(masters.bfloat16(), weights)
 

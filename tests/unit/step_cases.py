@@ -69,7 +69,8 @@ def run_update() -> None:
         for parameter, gradient in zip(expected, gradients, strict=True):
             parameter.grad = 0.3 * gradient
         theirs.step()
-        ours(gradients, 3e-3, (0.9, 0.95), 1e-8, step, 0.3)
+        ours.ready(gradients)
+        ours(3e-3, (0.9, 0.95), 1e-8, step, 0.3)
     close("update", [masters], [torch.cat([parameter.detach() for parameter in expected])], 1e-6)
     assert torch.equal(masters, weights)
 

@@ -74,13 +74,21 @@ class AdamW:
             (part, _Launch([pieces[i] for i in part], [decays[i] for i in part], aligned[part[0]])) for part in parts if part
         ]
 
-    def __call__(
-        self, gradients: Sequence[Tensor], lr: float, betas: tuple[float, float], eps: float, updates: int, scale: float
-    ) -> None:
-        """gradients: of every parameter, float32 or the weights' type, dense; updates: this one's number, from 1; scale: of gradients."""
-        corrections = 1.0 - betas[0] ** updates, 1.0 - betas[1] ** updates
+    def ready(self, gradients: Sequence[Tensor]) -> None:
+        """Say where the gradients of every parameter lie: float32 or the weights' type, dense. They must live on till the update."""
         for part, launch in self._launches:
-            launch([gradients[i] for i in part], float(lr), *betas, eps, *corrections, float(scale))
+            launch.ready([gradients[i] for i in part])
+
+    def forget(self) -> None:
+        """Let go of the gradients."""
+        for _, launch in self._launches:
+            launch.forget()
+
+    def __call__(self, lr: float, betas: tuple[float, float], eps: float, updates: int, scale: float) -> None:
+        """updates: the number of this one, from 1; scale: what gradients are multiplied by."""
+        corrections = 1.0 - betas[0] ** updates, 1.0 - betas[1] ** updates
+        for _, launch in self._launches:
+            launch(float(lr), *betas, eps, *corrections, float(scale))
 
 
 class _Launch:
@@ -101,12 +109,18 @@ class _Launch:
         blocks = torch.stack([tensors, torch.arange(len(tensors)) - begins], 1).int()
         self._table, self._blocks = torch.tensor(rows).to(device), blocks.contiguous().to(device)
 
-    def __call__(self, gradients: Sequence[Tensor], *numbers: float) -> None:
+    def ready(self, gradients: Sequence[Tensor]) -> None:
         if self._aligned:
             gradients = [gradient if gradient.data_ptr() % 16 == 0 else gradient.clone() for gradient in gradients]
         moved = torch.tensor([[gradient.data_ptr(), int(gradient.dtype == torch.float32)] for gradient in gradients])
         if self._table.is_cuda:
             moved = moved.pin_memory().to(self._table.device, non_blocking=True)
+        self._gradients, self._moved = gradients, moved
+
+    def __call__(self, *numbers: float) -> None:
         adamw[(len(self._blocks),)](
-            self._table, moved, self._blocks, *numbers, WEIGHT=self._kind, BLOCK=BLOCK, ALIGNED=self._aligned, num_warps=WARPS
+            self._table, self._moved, self._blocks, *numbers, WEIGHT=self._kind, BLOCK=BLOCK, ALIGNED=self._aligned, num_warps=WARPS
         )  # fmt: skip
+
+    def forget(self) -> None:
+        self._gradients = self._moved = None
