@@ -113,4 +113,4 @@ def _reduce(summed: Tensor, mine: Tensor, targets: Tensor, groups: Groups, *, on
     worst = summed / mine.clamp(min=1.0) if on_last_stage else torch.full_like(summed, float("-inf"))
     dist.all_reduce(total)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    return Totals((total / targets.clamp(min=1.0)).item(), worst.item(), targets.item())
+    return Totals(*torch.stack([total / targets.clamp(min=1.0), worst, targets]).tolist())  # one wait for the device
