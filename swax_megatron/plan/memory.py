@@ -161,9 +161,9 @@ def _layer(layout: Layout, kind: str) -> tuple[float, float, float]:
 
 
 def _feedforward(layout: Layout) -> float:
-    """What the SwiGLU of one layer and the norm before it keep: gate, up and their product, in plain torch silu(gate) as well."""
+    """What the SwiGLU of one layer and the norm before it keep: gate and up, in plain torch silu(gate) and the product as well."""
     model, width = layout.config.model, layout.width
-    units = (3.0 if layout.kernels == "triton" else 4.0) * model.ffn_hidden_size / layout.tensor
+    units = (2.0 if layout.kernels == "triton" else 4.0) * model.ffn_hidden_size / layout.tensor
     each = width * (model.hidden_size + units)
     return (_norm(layout) / layout.split + each) * layout.tokens
 
@@ -180,8 +180,9 @@ def _residual(layout: Layout) -> float:
 
 
 def _gradients(layout: Layout) -> float:
-    """Gradients on their way through a SwiGLU: the residual's, and those of gate and up."""
-    return _residual(layout) + layout.width * layout.tokens * 2 * layout.config.model.ffn_hidden_size / layout.tensor
+    """Gradients on their way through a SwiGLU: the residual's, and those of gate and up; with the kernels, the product once more."""
+    units = 3 if layout.kernels == "triton" else 2
+    return _residual(layout) + layout.width * layout.tokens * units * layout.config.model.ffn_hidden_size / layout.tensor
 
 
 def _received(layout: Layout) -> float:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from swax_megatron.kernels import fp8
+from swax_megatron.kernels.feedforward import GatedDown
 from swax_megatron.kernels.losses import logit_gradients, logit_statistics
 from swax_megatron.kernels.norm import rms_norm, rms_norm_beside
 from swax_megatron.kernels.update import AdamW
@@ -49,6 +50,20 @@ def test_norm(shape: tuple[int, ...], beside: bool) -> None:
     wide = [wide_x * 1, expected] if beside else [expected]
     for mine, true in zip(found, torch.autograd.grad(wide, (wide_x, wide_weight), [g.double() for g in gradients]), strict=True):
         assert error(mine, true) < 4e-3
+
+
+def test_feedforward() -> None:
+    random = torch.Generator("cuda").manual_seed(7)
+    gate, up = (torch.randn(300, 2, 5504, device="cuda", generator=random).bfloat16().requires_grad_() for _ in range(2))
+    weight = (0.02 * torch.randn(256, 5504, device="cuda", generator=random)).bfloat16().requires_grad_()
+    upstream = torch.randn(300, 2, 256, device="cuda", generator=random).bfloat16()
+    wide = [tensor.detach().double().requires_grad_() for tensor in (gate, up, weight)]
+    expected = (torch.nn.functional.silu(wide[0]) * wide[1]) @ wide[2].t()
+    y = GatedDown.apply(gate, up, weight)
+    assert error(y.detach(), expected.detach()) < 4e-3
+    found = torch.autograd.grad(y, (gate, up, weight), upstream)
+    for mine, true in zip(found, torch.autograd.grad(expected, wide, upstream.double()), strict=True):
+        assert error(mine, true) < 5e-3
 
 
 def test_update() -> None:

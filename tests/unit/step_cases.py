@@ -10,6 +10,7 @@ import torch
 from tests.unit.triton_cases import close  # first: it sets TRITON_INTERPRET
 
 from swax_megatron.kernels import fp8  # isort: skip
+from swax_megatron.kernels.feedforward import GatedDown  # isort: skip
 from swax_megatron.kernels.losses import logit_gradients, logit_statistics  # isort: skip
 from swax_megatron.kernels.norm import rms_norm, rms_norm_beside  # isort: skip
 from swax_megatron.kernels.update import AdamW  # isort: skip
@@ -51,6 +52,18 @@ def run_norm() -> None:
             more = torch.autograd.grad(alone, tensors, upstream.to(beside.dtype))
             results.append([normed, alone, *some, *more])
         close(f"norm of {width}", *results, 1e-5)
+
+
+def run_feedforward() -> None:
+    random = torch.Generator().manual_seed(5)
+    for width in (40, 48):
+        gate, up = (torch.randn(7, 3, width, generator=random).requires_grad_() for _ in range(2))
+        weight, upstream = torch.randn(24, width, generator=random).requires_grad_(), torch.randn(7, 3, 24, generator=random)
+        y = GatedDown.apply(gate, up, weight)
+        wide = [tensor.detach().double().requires_grad_() for tensor in (gate, up, weight)]
+        expected = (torch.nn.functional.silu(wide[0]) * wide[1]) @ wide[2].t()
+        found = torch.autograd.grad(y, (gate, up, weight), upstream)
+        close("feed-forward", [y, *found], [expected, *torch.autograd.grad(expected, wide, upstream.double())], 1e-5)
 
 
 def run_update() -> None:
@@ -98,6 +111,7 @@ def run_eight_bits() -> None:
 if __name__ == "__main__":
     run_losses()
     run_norm()
+    run_feedforward()
     run_update()
     run_eight_bits()
     print("all cases agree")
