@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,10 @@ class SwiGLU(nn.Module):
         else:
             y_sbh = self.down_proj(swiglu(gate_sbf, up_sbf, backend=self.config.kernels.backend))
         return leave_tensor_parallel(y_sbh, self.config), None
+
+    def borrowed(self) -> Iterator[nn.Parameter]:
+        """As a mixer's."""
+        yield from (self.gate_proj.weight, self.up_proj.weight)
 
     def _product_again(self, gate_sbf: Tensor) -> bool:
         """Whether backward makes the product of gate and up again: not where it is kept in 8 bits, where DeepSpeed gathers the weight

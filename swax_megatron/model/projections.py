@@ -17,15 +17,14 @@ from swax_megatron.model.linear import ColumnLinear
 
 
 def project(x_sbh: Tensor, *layers: ColumnLinear) -> tuple[Tensor, ...]:
-    """Every layer of x.
+    """Every layer of x. Without gradients, where nothing is to be added up, each is called by itself.
 
-    Each is called by itself where there are no gradients to add up, and under ZeRO's stage 3, where DeepSpeed gathers weights module by
-    module.
+    Whoever calls this reads weights of other modules, and must name them to ZeRO's stage 3 (``borrowed``).
     """
     weights = [layer.weight for layer in layers]
     if layers[0].small is not None:
         return fp8.Products.apply(x_sbh, layers[0].small, *weights)
-    if not torch.is_grad_enabled() or any(hasattr(weight, "ds_id") for weight in weights):
+    if not torch.is_grad_enabled():
         return tuple(layer(x_sbh) for layer in layers)
     return _Projections.apply(x_sbh, *weights)
 

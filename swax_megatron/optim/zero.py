@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from swax_megatron.checkpoint.store import Fragment
+from swax_megatron.model.feedforward import SwiGLU
 from swax_megatron.model.layers.mixer import Mixer
 from swax_megatron.optim.backend import Piece, adamw_arguments, decay_groups, fragments, step_tensor
 from swax_megatron.parallel.groups import Groups
@@ -373,7 +374,7 @@ class PartitionedWeights(_ByMicrobatch):
         if chunk.share_embeddings_and_output_weights:  # the head uses a weight that another module owns
             deepspeed.zero.register_external_parameter(chunk.output_layer, chunk.embedding.word_embeddings.weight)
         for module in chunk.modules():
-            for parameter in module.borrowed() if isinstance(module, Mixer) else ():
+            for parameter in module.borrowed() if isinstance(module, (Mixer, SwiGLU)) else ():
                 deepspeed.zero.register_external_parameter(module, parameter)
         return zero
 

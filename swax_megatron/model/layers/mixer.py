@@ -26,9 +26,9 @@ class Mixer(nn.Module, ABC):
         super().__init__()
         self.config = config
 
+    @abstractmethod
     def borrowed(self) -> Iterator[nn.Parameter]:
         """Parameters that the mixer reads without calling their modules, for whoever gathers weights module by module."""
-        return iter(())
 
     @abstractmethod
     def project(self, x_sbh: Tensor) -> tuple[Tensor, ...]:

@@ -69,6 +69,7 @@ class MlstmMixer(Mixer):
         )
 
     def borrowed(self) -> Iterator[nn.Parameter]:
+        yield from (layer.weight for layer in (self.q_proj, self.k_proj, self.v_proj, self.ogate_proj))
         yield from (*self.igate_proj.parameters(), *self.fgate_proj.parameters())
 
     def gates(self, x_sbh: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,9 @@ Legend: s = T sequence, b batch, h heads of this rank, d head size.
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Iterator
+
+from torch import Tensor, nn
 
 from swax_megatron.kernels.elementwise import rotary
 from swax_megatron.kernels.swa import swa
@@ -36,6 +38,9 @@ class AttentionMixer(Mixer):
 
     def project(self, x_sbh: Tensor) -> tuple[Tensor, ...]:
         return tuple(split_heads(x_sbn, self.head_dim) for x_sbn in project(x_sbh, self.q_proj, self.k_proj, self.v_proj))
+
+    def borrowed(self) -> Iterator[nn.Parameter]:
+        yield from (layer.weight for layer in (self.q_proj, self.k_proj, self.v_proj))
 
     def core(self, context: SequenceContext, *inputs: Tensor) -> Tensor:
         q_bthd, k_bthd, v_bthd = inputs
