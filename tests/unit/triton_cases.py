@@ -50,8 +50,8 @@ def tiny_mlstm(chunk: int, block: int, march: bool = False) -> triton_launch.Con
     """Tiles of 16: several programs, chunks, blocks and pipeline steps in a few dozen tokens."""
     tile, wide = triton_launch.Tile, {"BM": block, "BS": 16, "BD": 16, "BN": 16}
     updates, depth = {"BK": 16, "BV": 16, "BT": 16}, {"BD": 16}
-    each = [tile(sizes, 4, 2) for sizes in (updates, depth, wide, depth, wide)]
-    return triton_launch.Config(chunk, block, *each, scan_block=64, march=tile(updates, 4, 2) if march else None)
+    each = [tile(sizes, 4, 2) for sizes in (updates, wide, depth, wide, {"BLOCK": 64}, {"BLOCK": 64})]
+    return triton_launch.Config(chunk, block, *each, march=tile(updates, 4, 2) if march else None)
 
 
 def mlstm_inputs(batch, length, heads, d_qk, d_v, i_mean, f_mean):

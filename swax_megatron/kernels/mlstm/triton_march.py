@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["T", "H", "C"])
 def march_states(
-    x_ptr, y_ptr, w_ptr, wn_ptr, decay_ptr, states_ptr, norms_ptr, c0_ptr, n0_ptr, other_c_ptr, other_n_ptr,
+    x_ptr, y_ptr, w_ptr, rn_ptr, delta_ptr, decay_ptr, states_ptr, norms_ptr, c0_ptr, n0_ptr, other_c_ptr, other_n_ptr,
     c_end_ptr, n_end_ptr, passed_ptr, T, H, C, stride_xb, stride_xt, stride_xh, stride_yb, stride_yt, stride_yh,
     K: tl.constexpr, V: tl.constexpr, LC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
     START: tl.constexpr, END: tl.constexpr, REVERSE: tl.constexpr, DT: tl.constexpr,
@@ -38,6 +38,7 @@ def march_states(
         v0 = (tile % TV) * BV
         y_ptr += (bh // H) * stride_yb + (bh % H) * stride_yh + v0
         w_ptr += bh * C * LC
+        rn_ptr += bh * C * LC
         inside = (k0 + dk)[:, None] * V + (v0 + dv)[None, :]
         states_ptr += bh * C * K * V
         other_c_ptr += bh * C * K * V
@@ -58,6 +59,8 @@ def march_states(
             x = tl.load(x_ptr + dk[:, None] + t[None, :] * stride_xt, mask=real[None, :], other=0.0)
             y = tl.load(y_ptr + t[:, None] * stride_yt + dv[None, :], mask=real[:, None], other=0.0)
             w = tl.load(w_ptr + t)
+            if REVERSE:
+                w *= tl.load(rn_ptr + t)
             tl.store(states_ptr + c * K * V + inside, state.to(DT), mask=first)
             if REVERSE:
                 tl.store(passed_ptr + c * ALL, tl.sum(state * other.to(tl.float32)) * decay, mask=first)
@@ -67,7 +70,7 @@ def march_states(
         if END:
             tl.store(c_end_ptr + bh * K * V + inside, state)
     else:
-        wn_ptr += bh * C * LC
+        tokens = bh * C * LC
         every = bh * C * K + k0 + dk
         norm = tl.zeros([BK], tl.float32)
         if START:
@@ -81,7 +84,9 @@ def march_states(
             decay = tl.where(first, tl.load(decay_ptr + c), 1.0)
             t = c * LC + part * BT + lane
             x = tl.load(x_ptr + t[:, None] * stride_xt + dk[None, :], mask=(t < T)[:, None], other=0.0)
-            wn = tl.load(wn_ptr + t)
+            wn = tl.load(w_ptr + tokens + t)
+            if REVERSE:
+                wn *= tl.load(rn_ptr + tokens + t) * tl.load(delta_ptr + tokens + t)
             tl.store(norms_ptr + every + c * K, norm, mask=first)
             if REVERSE:
                 tl.store(passed_ptr + c * ALL, tl.sum(norm * tl.load(other_n_ptr + every + c * K)) * decay, mask=first)

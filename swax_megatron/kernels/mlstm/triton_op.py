@@ -39,28 +39,31 @@ def _forward(
     want_state: bool,
     gate_cap: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """h, final C, n, m (empty unless wanted), and what the backward pass saves (`launch.Saved`)."""
-    *result, saved = launch.forward(q, k, v, igate, fgate, start, c0, n0, m0, want_state, gate_cap, eps, _config(q, v))
-    return (*result, *saved)
+    h, *end, saved = launch.forward(q, k, v, igate, fgate, start, c0, n0, m0, want_state, gate_cap, eps, _config(q, v))
+    return h, *(end if want_state else (_empty(q) for _ in range(3))), *saved
+
+
+def _empty(q: Tensor, *shape: int) -> Tensor:
+    return q.new_empty(shape or 0, dtype=torch.float32)
 
 
 mlstm_op = torch.library.custom_op("swax::mlstm", _forward, mutates_args=())
 
 
+def _empty_saved(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    scalars, states = launch.saved_sizes(*q.shape, v.shape[-1], _config(q, v).chunk)
+    return _empty(q, *scalars), q.new_empty(states, dtype=torch.float32 if q.dtype == torch.float32 else torch.bfloat16)
+
+
 @mlstm_op.register_fake
 def _(q, k, v, igate, fgate, start, c0, n0, m0, want_state, gate_cap, eps):
-    batch, length, heads, d_qk = q.shape
-    d_v, lc = v.shape[-1], _config(q, v).chunk
-    chunks, bh = (length + lc - 1) // lc, batch * heads
-
-    def empty(*shape, dtype=torch.float32):
-        return q.new_empty(shape, dtype=dtype)
-
-    end = (empty(batch, heads, d_qk, d_v), empty(batch, heads, d_qk), empty(batch, heads)) if want_state else (empty(0), empty(0), empty(0))
-    product = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
-    saved = empty(6, bh, chunks * lc), empty(bh, chunks), empty(bh, chunks, d_qk, d_v, dtype=product), empty(bh, chunks, d_qk)
-    return empty(batch, length, heads, d_v, dtype=v.dtype), *end, *saved
+    batch, _, heads, d_qk = q.shape
+    end = [_empty(q) for _ in range(3)]
+    if want_state:
+        end = _empty(q, batch, heads, d_qk, v.shape[-1]), _empty(q, batch, heads, d_qk), _empty(q, batch, heads)
+    return v.new_empty(v.shape), *end, *_empty_saved(q, v)
 
 
 def _backward(
@@ -75,24 +78,25 @@ def _backward(
     dot: Tensor | None,
     dc_end: Tensor | None,
     dn_end: Tensor | None,
-    tokens: Tensor,
-    decay: Tensor,
+    scalars: Tensor,
     states: Tensor,
-    norms: Tensor,
     want_initial: bool,
     gate_cap: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, igate, fgate and of the initial C and n (empty unless wanted). dot: <dh, h> if known."""
-    saved = launch.Saved(tokens, decay, states, norms)
-    return launch.backward(q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, saved, want_initial, gate_cap, eps, _config(q, v))
+    saved = launch.Saved(scalars, states)
+    *gradients, dc0, dn0 = launch.backward(
+        q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, saved, want_initial, gate_cap, eps, _config(q, v)
+    )
+    return *gradients, *((dc0, dn0) if want_initial else (_empty(q), _empty(q)))
 
 
 mlstm_backward_op = torch.library.custom_op("swax::mlstm_backward", _backward, mutates_args=())
 
 
 @mlstm_backward_op.register_fake
-def _(q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, tokens, decay, states, norms, want_initial, gate_cap, eps):
+def _(q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, scalars, states, want_initial, gate_cap, eps):
     batch, _, heads, d_qk = q.shape
     gates = [q.new_empty(igate.shape, dtype=torch.float32) for _ in range(2)]
     initial = ((batch, heads, d_qk, v.shape[-1]), (batch, heads, d_qk)) if want_initial else ((0,), (0,))
@@ -107,7 +111,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(run, ctx, dh, dc_end, dn_end):
-    q, k, v, igate, fgate, start, h, tokens, decay, states, norms = ctx.saved_tensors
+    q, k, v, igate, fgate, start, h, scalars, states = ctx.saved_tensors
     if dh is None:
         dh = torch.zeros_like(h)
     if ctx.want_state and (dc_end is not None or dn_end is not None):
@@ -117,7 +121,7 @@ def _differentiate(run, ctx, dh, dc_end, dn_end):
     else:
         dc_end = dn_end = None
     gradients = run(
-        q, k, v, igate, fgate, start, h, dh, None, dc_end, dn_end, tokens, decay, states, norms, ctx.want_initial, ctx.gate_cap, ctx.eps
+        q, k, v, igate, fgate, start, h, dh, None, dc_end, dn_end, scalars, states, ctx.want_initial, ctx.gate_cap, ctx.eps
     )
     initial = gradients[5:] if ctx.want_initial else (None, None)
     return *gradients[:5], None, *initial, None, None, None, None
@@ -156,7 +160,7 @@ def _fused_forward(
     gate_cap: float,
     eps: float,
     norm_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y (the gated, normed h), and h with what the cell's backward pass saves."""
     h, _, _, _, saved = launch.forward(q, k, v, igate, fgate, start, c0, n0, m0, False, gate_cap, eps, _config(q, v))
     return launch.norm_gate_forward(h, ogate, norm_weight, norm_eps), h, *saved
@@ -167,13 +171,7 @@ mlstm_fused_op = torch.library.custom_op("swax::mlstm_fused", _fused_forward, mu
 
 @mlstm_fused_op.register_fake
 def _(q, k, v, igate, fgate, ogate, norm_weight, start, c0, n0, m0, gate_cap, eps, norm_eps):
-    batch, length, heads, d_qk = q.shape
-    d_v, lc = v.shape[-1], _config(q, v).chunk
-    chunks, bh = (length + lc - 1) // lc, batch * heads
-    product = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
-    tokens, decay, norms = (q.new_empty(s, dtype=torch.float32) for s in ((6, bh, chunks * lc), (bh, chunks), (bh, chunks, d_qk)))
-    y = torch.empty_like(launch.rows(ogate))
-    return y, v.new_empty(v.shape), tokens, decay, q.new_empty(bh, chunks, d_qk, d_v, dtype=product), norms
+    return torch.empty_like(launch.rows(ogate)), v.new_empty(v.shape), *_empty_saved(q, v)
 
 
 def _norm_gate_backward(
