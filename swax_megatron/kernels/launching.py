@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
@@ -20,6 +21,8 @@ from triton.runtime.jit import JITFunction
 
 LIMIT = 1024  # kinds kept; more mean that lengths never repeat
 ALIGNED = 32  # float32 numbers: regions of a buffer begin at multiples of 128 bytes
+
+DIRECT = triton.__version__.startswith("3.6.")  # whose compiled kernels are called as below; with any other all goes through the JIT
 
 _known: dict[tuple, list[tuple]] = {}
 
@@ -69,7 +72,7 @@ class Launches:
             run(*grid, self._stream, function, packed, None, None, None, *arguments, *rest)
         else:
             compiled = kernel[grid](*arguments, **constants)
-            if isinstance(kernel, JITFunction):
+            if DIRECT and isinstance(kernel, JITFunction):
                 rest = (None,) * (len(kernel.params) - len(arguments))
                 self._compiled.append((compiled.run, compiled.function, compiled.packed_metadata, rest))
 

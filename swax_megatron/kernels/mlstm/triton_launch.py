@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -77,10 +76,6 @@ _PRODUCT = {
 def rows(x: Tensor) -> Tensor:
     """x itself when its last dimension is dense (the kernels take any other stride), else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    return x.stride(0), x.stride(1), x.stride(2)
 
 
 class Saved(NamedTuple):
@@ -263,9 +258,13 @@ def norm_gate_forward(h: Tensor, ogate: Tensor, weight: Tensor, eps: float) -> T
     ogate = rows(ogate)
     y = torch.empty_like(ogate)
     total = batch * length * heads
-    norm.norm_gate[(triton.cdiv(total, 8),)](
-        h, ogate, weight, y, total, length, heads, *_strides(ogate), *_strides(y), eps, V=d_v, BR=8, num_warps=4
-    )
+    launch = Launches(("norm", d_v), (h, ogate, weight, y))
+    launch(
+        norm.norm_gate, (-(-total // 8), 1, 1),
+        (*map(launch.pointer, (h, ogate, weight, y)), total, length, heads, *ogate.stride()[:3], *y.stride()[:3], eps),
+        {"V": d_v, "BR": 8, "num_warps": 4},
+    )  # fmt: skip
+    launch.finish()
     return y
 
 
@@ -273,14 +272,18 @@ def norm_gate_backward(dy: Tensor, h: Tensor, ogate: Tensor, weight: Tensor, eps
     """dh, dogate (B, T, H, V), dweight (H * V), and <dh, h> (B, T, H)."""
     batch, length, heads, d_v = h.shape
     dy, ogate = rows(dy), rows(ogate)
-    dh = torch.empty(h.shape, device=h.device, dtype=h.dtype)
-    dogate = torch.empty_like(ogate)
-    dot = torch.empty(h.shape[:3], device=h.device, dtype=torch.float32)
+    dh, dogate, dot = torch.empty_like(h), torch.empty_like(ogate), _float32(h, *h.shape[:3])
     block = min(8, 2048 // d_v)  # rows at a time: with more a thread has no registers left
-    programs = max(1, min(512 // heads, triton.cdiv(batch * length, block)))
-    partial = torch.empty(programs, heads * d_v, device=h.device, dtype=torch.float32)
-    norm.norm_gate_gradients[(programs, heads)](
-        dy, h, ogate, weight, dh, dogate, dot, partial,
-        batch * length, length, heads, *_strides(dy), *_strides(ogate), *_strides(dogate), eps, V=d_v, BR=block, num_warps=4,
+    programs = max(1, min(512 // heads, -(-batch * length // block)))
+    partial = _float32(h, programs, heads * d_v)
+    launch = Launches(("norm backward", d_v, block), (dy, h, ogate, weight, dogate))
+    launch(
+        norm.norm_gate_gradients, (programs, heads, 1),
+        (
+            *map(launch.pointer, (dy, h, ogate, weight, dh, dogate, dot, partial)),
+            batch * length, length, heads, *dy.stride()[:3], *ogate.stride()[:3], *dogate.stride()[:3], eps,
+        ),
+        {"V": d_v, "BR": block, "num_warps": 4},
     )  # fmt: skip
+    launch.finish()
     return dh, dogate, partial.sum(0).to(weight.dtype), dot

@@ -85,11 +85,15 @@ def _backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, igate, fgate and of the initial C and n (empty unless wanted). dot: <dh, h> if known."""
-    saved = launch.Saved(scalars, states)
-    *gradients, dc0, dn0 = launch.backward(
-        q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, saved, want_initial, gate_cap, eps, _config(q, v)
+    *gradients, dc0, dn0 = _launch_backward(
+        q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, scalars, states, want_initial, gate_cap, eps
     )
     return *gradients, *((dc0, dn0) if want_initial else (_empty(q), _empty(q)))
+
+
+def _launch_backward(q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, scalars, states, want_initial, gate_cap, eps):
+    saved = launch.Saved(scalars, states)
+    return launch.backward(q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, saved, want_initial, gate_cap, eps, _config(q, v))
 
 
 mlstm_backward_op = torch.library.custom_op("swax::mlstm_backward", _backward, mutates_args=())
@@ -131,18 +135,23 @@ mlstm_op.register_autograd(lambda ctx, dh, dc, dn, *_: _differentiate(mlstm_back
 
 
 class _Mlstm(torch.autograd.Function):
+    """h, with want_state also the final C, n, m."""
+
     @staticmethod
-    def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _save(ctx, inputs, output)
-        h, c, n, m = output[:4]
-        ctx.mark_non_differentiable(*((m,) if ctx.want_state else (c, n, m)))
-        return h, c, n, m
+    def forward(ctx, q, k, v, igate, fgate, start, c0, n0, m0, want_state, gate_cap, eps):
+        h, *end, saved = launch.forward(q, k, v, igate, fgate, start, c0, n0, m0, want_state, gate_cap, eps, _config(q, v))
+        ctx.save_for_backward(q, k, v, igate, fgate, start, h, *saved)
+        ctx.want_state, ctx.want_initial, ctx.gate_cap, ctx.eps = want_state, c0 is not None, gate_cap, eps
+        ctx.set_materialize_grads(False)
+        if not want_state:
+            return h
+        ctx.mark_non_differentiable(end[2])
+        return h, *end
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dh, dc_end, dn_end, _):
-        return _differentiate(_backward, ctx, dh, dc_end, dn_end)
+    def backward(ctx, dh, dc_end=None, dn_end=None, _=None):
+        return _differentiate(_launch_backward, ctx, dh, dc_end, dn_end)
 
 
 def _fused_forward(
@@ -220,7 +229,7 @@ class _MlstmFused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return _differentiate_fused(_norm_gate_backward, _backward, ctx, dy)
+        return _differentiate_fused(launch.norm_gate_backward, _launch_backward, ctx, dy)
 
 
 @torch.library.custom_op("swax::mlstm_step", mutates_args=())
@@ -252,9 +261,16 @@ def _initial(state: MlstmState | None) -> list[Tensor | None]:
 
 def mlstm_cell(q, k, v, igate, fgate, start, state: MlstmState | None, want_state: bool, gate_cap: float | None, eps: float):
     """h and the final state (None unless wanted), differentiable."""
-    run = mlstm_op if torch.compiler.is_compiling() else _Mlstm.apply
-    h, c, n, m, *_ = run(q, k, v, igate, fgate, start, *_initial(state), want_state, _no_cap(gate_cap), eps)
-    return h, MlstmState(c, n, m.detach()) if want_state else None
+    arguments = (q, k, v, igate, fgate, start, *_initial(state), want_state, _no_cap(gate_cap), eps)
+    if torch.compiler.is_compiling():
+        h, *end = mlstm_op(*arguments)[:4]
+    elif not torch.is_grad_enabled():
+        h, *end, _ = launch.forward(*arguments, _config(q, v))
+    elif want_state:
+        h, *end = _Mlstm.apply(*arguments)
+    else:
+        return _Mlstm.apply(*arguments), None
+    return h, MlstmState(end[0], end[1], end[2].detach()) if want_state else None
 
 
 def mlstm_fused_cell(
@@ -262,7 +278,9 @@ def mlstm_fused_cell(
 ) -> Tensor:
     """The gated, normed h, differentiable in the initial state as well."""
     arguments = (q, k, v, igate, fgate, ogate, norm_weight, start, *_initial(state), _no_cap(gate_cap), eps, norm_eps)
-    return mlstm_fused_op(*arguments)[0] if torch.compiler.is_compiling() else _MlstmFused.apply(*arguments)
+    if torch.compiler.is_compiling():
+        return mlstm_fused_op(*arguments)[0]
+    return _MlstmFused.apply(*arguments) if torch.is_grad_enabled() else _fused_forward(*arguments)[0]
 
 
 def mlstm_step_cell(q, k, v, igate, fgate, state: MlstmState, gate_cap: float | None, eps: float) -> tuple[Tensor, MlstmState]:
