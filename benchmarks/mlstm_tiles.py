@@ -46,8 +46,6 @@ LISTS = {  # kernel: names of the sizes, then sizes, warps, stages
     "scan_back": (("BLOCK",), SCANS),
 }  # fmt: skip
 MARCHES = ((64, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), (128, 128, 64, 8, 3), (64, 128, 128, 8, 3), (128, 64, 64, 8, 4))
-# The profiler's kernel names, in a call's order; a kernel that runs forward and backward appears twice
-KERNELS = {"outputs": "outputs", "pair_gradients": "pairs", "combine_gradients": "gradients", "chunk_updates": "updates"}
 
 
 def lists(d_qk: int, d_v: int, chunk: int) -> dict[str, list]:
@@ -75,6 +73,7 @@ def candidates(d_qk: int, d_v: int) -> list[Any]:
     for bk, bv, bt, warps, stages in MARCHES:
         if bk <= d_qk and bv <= d_v:
             found.append(replace(shipped, march=Tile({"BK": bk, "BV": bv, "BT": bt}, warps, stages)))
+    found.append(replace(shipped, keep=False))
     if d_qk <= 128:
         found.append(replace(shipped, chunk=384 - shipped.chunk))  # 128 and 256 exchanged
     return found

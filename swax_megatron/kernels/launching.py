@@ -53,7 +53,7 @@ class Launches:
         self._stream = driver.active.get_current_stream(device) if self.direct else None
 
     def pointer(self, x: Tensor | None) -> Tensor | int | None:
-        """What a launch takes for x: its address, or x itself where Triton is to look at it."""
+        """What a launch takes for x: its address, or x itself where Triton is to look at it. The caller keeps x alive."""
         return x.data_ptr() if self.direct and x is not None else x
 
     def regions(self, buffer: Tensor, sizes: Sequence[int]) -> list[Tensor | int]:

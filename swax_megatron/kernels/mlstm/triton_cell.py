@@ -197,9 +197,9 @@ def pair_gradients(
     T, H, C, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh, stride_gb, stride_gt, stride_gh, scale,
     K: tl.constexpr, V: tl.constexpr, LC: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
-    DOT: tl.constexpr, DOCUMENTS: tl.constexpr, DT: tl.constexpr,
+    DOT: tl.constexpr, KEEP: tl.constexpr, DOCUMENTS: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
-    """One BT x BT block of a chunk's pairs: P/n and dS (stored as products will read them), and the sums of W = dS * S.
+    """One BT x BT block of a chunk's pairs: dS and (KEEP) P/n, stored as products will read them, and the sums of W = dS * S.
 
     Also delta = -<dh, h> sign of the denominator, with <dh, h> given (DOT) or summed here.
     """
@@ -248,7 +248,8 @@ def pair_gradients(
     weight = tl.exp(tl.where(visible, row[:, None] + col[None, :], -1e30)) * (rn * scale)[:, None]
     ds = (dp + delta[:, None]) * weight
     inside = (bh * C + c) * LC * LC + (ti * BT + lane)[:, None] * LC + (si * BT + lane)[None, :]
-    tl.store(p_ptr + inside, (scores * weight).to(DT))
+    if KEEP:
+        tl.store(p_ptr + inside, (scores * weight).to(DT))
     tl.store(ds_ptr + inside, ds.to(DT))
     w = ds * scores
     strict = tl.where(t[:, None] > s[None, :], w, 0.0)
@@ -312,6 +313,49 @@ def _combine(
 
 
 @triton.jit
+def _value_gradients(
+    block, bh, n0, q_ptr, k_ptr, dh_ptr, d_states_ptr, row_ptr, col_ptr, rn_ptr, wk_ptr, start_ptr,
+    T, H, C, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_gb, stride_gt, stride_gh, scale,
+    K: tl.constexpr, V: tl.constexpr, LC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    DOCUMENTS: tl.constexpr, DT: tl.constexpr,
+):  # fmt: skip
+    """dv of BM keys and BN features: wk * (k @ dC) + (P / n)' dh, P computed here."""
+    batch, head = bh // H, bh % H
+    s0 = block.to(tl.int64) * BM
+    c = s0 // LC
+    inner = (s0 - c * LC).to(tl.int32)
+    rows, cols, dn, dd, dk = tl.arange(0, BM), tl.arange(0, BS), tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, K)
+    real = rows < T - s0
+    left = (T - c * LC).to(tl.int32)
+    base = bh * C * LC + c * LC
+    k_ptr += batch * stride_kb + head * stride_kh + s0 * stride_kt
+    q_ptr += batch * stride_qb + head * stride_qh + c * LC * stride_qt
+    dh_ptr += batch * stride_gb + head * stride_gh + c * LC * stride_gt + n0
+    d_states_ptr += (bh * C + c) * K * V + n0
+    acc = tl.zeros([BM, BN], tl.float32)
+    for d in range(0, K, BD):
+        k = tl.load(k_ptr + rows[:, None] * stride_kt + (d + dd)[None, :], mask=real[:, None], other=0.0)
+        state = tl.load(d_states_ptr + (d + dd)[:, None] * V + dn[None, :])
+        acc = tl.dot(k.to(DT), state, acc, input_precision="ieee")
+    acc = acc * tl.load(wk_ptr + base + inner + rows)[:, None]
+    col = tl.load(col_ptr + base + inner + rows)
+    k = tl.load(k_ptr + rows[:, None] * stride_kt + dk[None, :], mask=real[:, None], other=0.0).to(DT)
+    for t0 in range(inner, LC, BS):
+        t = t0 + cols
+        q = tl.load(q_ptr + t[None, :] * stride_qt + dk[:, None], mask=(t < left)[None, :], other=0.0)
+        scores = tl.dot(k, q.to(DT), input_precision="ieee")
+        visible = ((inner + rows)[:, None] <= t[None, :]) & (t < left)[None, :]
+        if DOCUMENTS:
+            start = tl.load(start_ptr + batch * T + c * LC + t, mask=t < left, other=0) - (c * LC).to(tl.int32)
+            visible = visible & (start[None, :] <= (inner + rows)[:, None])
+        row, rn = tl.load(row_ptr + base + t), tl.load(rn_ptr + base + t)
+        p = scores * tl.exp(tl.where(visible, col[:, None] + row[None, :], -1e30)) * (rn * scale)[None, :]
+        g = tl.load(dh_ptr + t[:, None] * stride_gt + dn[None, :], mask=(t < left)[:, None], other=0.0)
+        acc = tl.dot(p.to(DT), g.to(DT), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
 def _store(out_ptr, acc, block, bh, n0, T, H, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """Rows of (B, T, H, N)."""
     t = block.to(tl.int64) * BM + tl.arange(0, BM)
@@ -322,11 +366,12 @@ def _store(out_ptr, acc, block, bh, n0, T, H, N: tl.constexpr, BM: tl.constexpr,
 @triton.jit(do_not_specialize=["T", "H", "C"])
 def combine_gradients(
     q_ptr, k_ptr, v_ptr, dh_ptr, p_ptr, ds_ptr, states_ptr, norms_ptr, d_states_ptr, d_norms_ptr, wq_ptr, rn_ptr, delta_ptr, wk_ptr,
-    dq_ptr, dk_ptr, dv_ptr, rq_ptr, rk_ptr,
+    row_ptr, col_ptr, start_ptr, dq_ptr, dk_ptr, dv_ptr, rq_ptr, rk_ptr,
     T, H, C, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
-    stride_vb, stride_vt, stride_vh, stride_gb, stride_gt, stride_gh,
+    stride_vb, stride_vt, stride_vh, stride_gb, stride_gt, stride_gh, scale,
     K: tl.constexpr, V: tl.constexpr, LC: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, DT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    KEEP: tl.constexpr, DOCUMENTS: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     """One tile of dq, dk (all K features, with the gates' row sums) or dv (BN of V features) for BM tokens."""
     pid, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -352,10 +397,17 @@ def combine_gradients(
         _store(dk_ptr, dk, block, bh, zero, T, H, K, BM, K)
     else:
         n0 = (task - 2) * BN
-        weight = tl.load(wk_ptr + at)
-        dv = _combine(
-            block, bh, n0, k_ptr, dh_ptr, k_ptr, p_ptr, d_states_ptr, d_norms_ptr, weight, weight, rk_ptr,
-            T, H, C, stride_kb, stride_kt, stride_kh, stride_gb, stride_gt, stride_gh, stride_kb, stride_kt, stride_kh,
-            K, V, LC, BM, BN, BS, BD, False, True, False, DT,
-        )  # fmt: skip
+        if KEEP:
+            weight = tl.load(wk_ptr + at)
+            dv = _combine(
+                block, bh, n0, k_ptr, dh_ptr, k_ptr, p_ptr, d_states_ptr, d_norms_ptr, weight, weight, rk_ptr,
+                T, H, C, stride_kb, stride_kt, stride_kh, stride_gb, stride_gt, stride_gh, stride_kb, stride_kt, stride_kh,
+                K, V, LC, BM, BN, BS, BD, False, True, False, DT,
+            )  # fmt: skip
+        else:
+            dv = _value_gradients(
+                block, bh, n0, q_ptr, k_ptr, dh_ptr, d_states_ptr, row_ptr, col_ptr, rn_ptr, wk_ptr, start_ptr,
+                T, H, C, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_gb, stride_gt, stride_gh, scale,
+                K, V, LC, BM, BN, BS, BD, DOCUMENTS, DT,
+            )  # fmt: skip
         _store(dv_ptr, dv, block, bh, n0, T, H, V, BM, BN)

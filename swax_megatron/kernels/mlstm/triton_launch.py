@@ -44,6 +44,7 @@ class Config:
     gradients: Tile
     scan: Tile
     scan_back: Tile
+    keep: bool = True  # P/n in memory between the pairs and dv, or computed again
     march: Tile | None = None  # one kernel for the states of all chunks instead of two (`triton_march.py`)
 
 
@@ -102,7 +103,7 @@ def _constants(config: Config, d_qk: int, d_v: int, dtype: torch.dtype, document
     size, dt = {"K": d_qk, "V": d_v, "LC": config.chunk}, {"DT": _PRODUCT[dtype][0]}
     flags = {"START": initial, "END": end, "REVERSE": back}
     scan = (config.scan_back if back else config.scan).options()
-    pairs = {**size, "BT": config.block, "DOCUMENTS": documents, **dt, **config.pairs.options()}
+    pairs = {**size, "BT": config.block, "KEEP": config.keep, "DOCUMENTS": documents, **dt, **config.pairs.options()}
     return SimpleNamespace(
         gates={"LC": config.chunk, "DOCUMENTS": documents, "num_warps": 4},
         weights={"LC": config.chunk, "SUMMARIES": 128, "DOCUMENTS": documents, "INITIAL": initial, "num_warps": 4},
@@ -112,7 +113,7 @@ def _constants(config: Config, d_qk: int, d_v: int, dtype: torch.dtype, document
         outputs={**size, "DOCUMENTS": documents, **dt, **config.outputs.options()},
         pairs={**pairs, "DOT": False},
         pairs_given={**pairs, "DOT": True},
-        gradients={**size, **dt, **config.gradients.options()},
+        gradients={**size, "KEEP": config.keep, "DOCUMENTS": documents, **dt, **config.gradients.options()},
         gate_gradients={
             "LC": config.chunk, "BLOCKS": config.chunk // config.block, "TILE_BLOCK": 64, "DOCUMENTS": documents, "num_warps": 4
         },
@@ -209,8 +210,9 @@ def backward(q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, saved: Sa
     spare = _float32(q, sum(map(padded, scratch)))
     row, col, wq, wk, rn, side, decay, norms = launch.regions(saved.scalars, _parts(bh, chunks, lc, d_qk))
     delta, diagonal, rq, rk, row_sum, col_sum, d_norms, passed = launch.regions(spare, scratch)
-    pairs = torch.empty((2, tokens, lc), dtype=dtype, device=device)
-    p, ds = (pairs.data_ptr(), pairs.data_ptr() + tokens * lc * pairs.itemsize) if launch.direct else (pairs[0], pairs[1])
+    ds = torch.empty((tokens, lc), dtype=dtype, device=device)
+    p = torch.empty_like(ds) if config.keep else None
+    d_states = torch.empty((bh, chunks, d_qk, d_v), dtype=dtype, device=device)
     start_at, i_at, f_at, q_at, k_at, v_at, g_at = at(start), at(igate), at(fgate), at(q), at(k), at(v), at(dh)
     size = length, heads, chunks
     by_q, by_k, by_v, by_g = q.stride()[:3], k.stride()[:3], v.stride()[:3], dh.stride()[:3]
@@ -218,13 +220,12 @@ def backward(q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, saved: Sa
     launch(
         cell.pair_gradients, (blocks * (blocks + 1) // 2, chunks, bh),
         (
-            q_at, k_at, v_at, g_at, at(h), at(dot), row, col, rn, side, start_at, p, ds, delta, row_sum, col_sum, diagonal,
+            q_at, k_at, v_at, g_at, at(h), at(dot), row, col, rn, side, start_at, at(p), at(ds), delta, row_sum, col_sum, diagonal,
             *size, *by_q, *by_k, *by_v, *by_g, d_qk**-0.5,
         ),
         constants.pairs_given if dot is not None else constants.pairs,
     )  # fmt: skip
     dc0, dn0 = (_float32(q, batch, heads, d_qk, d_v), _float32(q, batch, heads, d_qk)) if want_initial else (None, None)
-    d_states = torch.empty((bh, chunks, d_qk, d_v), dtype=dtype, device=device)
     _states(
         launch, constants, config, (q_at, g_at, wq, rn, delta), decay, at(d_states), d_norms,
         (at(dc_end), at(dn_end)), (at(saved.states), norms), (at(dc0), at(dn0)), passed, (batch, *size, d_qk, d_v), (*by_q, *by_g),
@@ -234,8 +235,8 @@ def backward(q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, saved: Sa
     launch(
         cell.combine_gradients, (chunks * lc // tile["BM"] * (2 + d_v // tile["BN"]), bh, 1),
         (
-            q_at, k_at, v_at, g_at, p, ds, at(saved.states), norms, at(d_states), d_norms, wq, rn, delta, wk,
-            at(dq), at(dk), at(dv), rq, rk, *size, *by_q, *by_k, *by_v, *by_g,
+            q_at, k_at, v_at, g_at, at(p), at(ds), at(saved.states), norms, at(d_states), d_norms, wq, rn, delta, wk,
+            row, col, start_at, at(dq), at(dk), at(dv), rq, rk, *size, *by_q, *by_k, *by_v, *by_g, d_qk**-0.5,
         ),
         constants.gradients,
     )  # fmt: skip
