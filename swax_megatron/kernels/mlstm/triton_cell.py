@@ -151,10 +151,8 @@ def outputs(
     states_ptr += (bh * C + c) * K * V + n0
     norms_ptr += (bh * C + c) * K
 
-    den = tl.zeros([BM], tl.float32)
-    for d in range(0, K, BD):  # apart from the products: in one loop with an asynchronous product a sum raced (Triton 3.6, Hopper)
-        q = tl.load(q_ptr + rows[:, None] * stride_qt + (d + dd)[None, :], mask=real[:, None], other=0.0)
-        den += tl.sum(q.to(tl.float32) * tl.load(norms_ptr + d + dd)[None, :], 1)
+    all_q = tl.load(q_ptr + rows[:, None] * stride_qt + dk[None, :], mask=real[:, None], other=0.0)
+    den = tl.sum(all_q.to(tl.float32) * tl.load(norms_ptr + dk)[None, :], 1)
     acc = tl.zeros([BM, BN], tl.float32)
     for d in range(0, K, BD):
         q = tl.load(q_ptr + rows[:, None] * stride_qt + (d + dd)[None, :], mask=real[:, None], other=0.0)
@@ -166,11 +164,11 @@ def outputs(
     row = tl.load(row_ptr + at)
     if DOCUMENTS:
         start = tl.load(start_ptr + batch * T + t0 + rows, mask=real, other=0) - (c * LC).to(tl.int32)
-    q = tl.load(q_ptr + rows[:, None] * stride_qt + dk[None, :], mask=real[:, None], other=0.0).to(DT)
+    all_q = all_q.to(DT)
     for s0 in range(0, inner + BM, BS):
         s = s0 + cols
         k = tl.load(k_ptr + s[None, :] * stride_kt + dk[:, None], mask=(s < left)[None, :], other=0.0)
-        scores = tl.dot(q, k.to(DT), input_precision="ieee")
+        scores = tl.dot(all_q, k.to(DT), input_precision="ieee")
         visible = (inner + rows)[:, None] >= s[None, :]
         if DOCUMENTS:
             visible = visible & (start[:, None] <= s[None, :])
