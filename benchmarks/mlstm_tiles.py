@@ -31,7 +31,10 @@ LISTS = {  # kernel: names of the sizes, then sizes, warps, stages
         (64, 256, 64, 64, 4, 2), (64, 256, 64, 64, 8, 3), (64, 512, 32, 64, 8, 2), (64, 128, 64, 64, 4, 3), (64, 128, 64, 64, 4, 2),
         (128, 128, 128, 64, 8, 2), (64, 256, 32, 64, 4, 3), (128, 128, 64, 64, 4, 2),
     )),
-    "pairs": (("BD",), ((64, 8, 4), (64, 8, 3), (128, 8, 2), (128, 8, 3), (64, 4, 4), (32, 8, 4), (64, 8, 2), (64, 4, 3), (64, 4, 2))),
+    "pairs": (("BD", "INLINE"), (
+        (64, 0, 8, 4), (64, 1, 8, 4), (64, 0, 8, 3), (64, 1, 8, 3), (128, 0, 8, 2), (128, 0, 8, 3), (64, 0, 4, 4), (32, 0, 8, 4),
+        (64, 0, 8, 2), (32, 1, 8, 4), (64, 0, 4, 3), (64, 1, 8, 2), (64, 0, 4, 2),
+    )),
     "gradients": (ROWS, (
         (128, 256, 64, 64, 8, 3), (128, 256, 64, 64, 8, 4), (128, 256, 32, 32, 8, 4), (64, 256, 64, 64, 4, 2), (64, 256, 64, 64, 4, 3),
         (64, 256, 64, 64, 8, 3), (128, 128, 64, 64, 8, 3), (128, 256, 64, 64, 8, 2), (128, 256, 64, 128, 8, 2), (64, 128, 64, 64, 4, 3),
@@ -58,7 +61,7 @@ def lists(d_qk: int, d_v: int, chunk: int) -> dict[str, list]:
         tiles = [getattr(CONFIGS[d_qk, d_v], kernel)]
         for *sizes, warps, stages in entries:
             tile = Tile(dict(zip(names, sizes, strict=True)), warps, stages)
-            if all(size <= limit[name] for name, size in tile.sizes.items()) and tile not in tiles:
+            if all(size <= limit.get(name, size) for name, size in tile.sizes.items()) and tile not in tiles:
                 tiles.append(tile)
         found[kernel] = tiles
     return found

@@ -49,7 +49,7 @@ def close(name: str, ours, theirs, tolerance: float) -> None:
 def tiny_mlstm(chunk: int, block: int, march: bool = False) -> triton_launch.Config:
     """Tiles of 16: several programs, chunks, blocks and pipeline steps in a few dozen tokens."""
     tile, wide = triton_launch.Tile, {"BM": block, "BS": 16, "BD": 16, "BN": 16}
-    updates, depth = {"BK": 16, "BV": 16, "BT": 16}, {"BD": 16}
+    updates, depth = {"BK": 16, "BV": 16, "BT": 16}, {"BD": 16, "INLINE": 0}
     each = [tile(sizes, 4, 2) for sizes in (updates, wide, depth, wide, {"BLOCK": 64}, {"BLOCK": 64})]
     return triton_launch.Config(chunk, block, *each, march=tile(updates, 4, 2) if march else None)
 

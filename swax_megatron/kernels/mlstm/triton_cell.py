@@ -195,7 +195,7 @@ def pair_gradients(
     T, H, C, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh, stride_gb, stride_gt, stride_gh, scale,
     K: tl.constexpr, V: tl.constexpr, LC: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
-    DOT: tl.constexpr, KEEP: tl.constexpr, DOCUMENTS: tl.constexpr, DT: tl.constexpr,
+    INLINE: tl.constexpr, DOT: tl.constexpr, KEEP: tl.constexpr, DOCUMENTS: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     """One BT x BT block of a chunk's pairs: dS and (KEEP) P/n, stored as products will read them, and the sums of W = dS * S.
 
@@ -218,16 +218,18 @@ def pair_gradients(
         q = tl.load(q_ptr + lane[:, None] * stride_qt + (d + dd)[None, :], mask=t_real[:, None], other=0.0)
         k = tl.load(k_ptr + lane[None, :] * stride_kt + (d + dd)[:, None], mask=s_real[None, :], other=0.0)
         scores = tl.dot(q.to(DT), k.to(DT), scores, input_precision="ieee")
-    dp = tl.zeros([BT, BT], tl.float32)
+    token = (batch * T + t0 + lane) * H + head
+    dp, dot = tl.zeros([BT, BT], tl.float32), tl.zeros([BT], tl.float32)
     for d in range(0, V, BD):
         g = tl.load(g_ptr + lane[:, None] * stride_gt + (d + dd)[None, :], mask=t_real[:, None], other=0.0)
         v = tl.load(v_ptr + lane[None, :] * stride_vt + (d + dd)[:, None], mask=s_real[None, :], other=0.0)
+        if INLINE and not DOT:
+            h = tl.load(h_ptr + token[:, None] * V + (d + dd)[None, :], mask=t_real[:, None], other=0.0)
+            dot += tl.sum(g.to(tl.float32) * h.to(tl.float32), 1)
         dp = tl.dot(g.to(DT), v.to(DT), dp, input_precision="ieee")
-    token = (batch * T + t0 + lane) * H + head
     if DOT:
         dot = tl.load(dot_ptr + token, mask=t_real, other=0.0)
-    else:
-        dot = tl.zeros([BT], tl.float32)
+    elif not INLINE:
         for d in range(0, V, BD):
             g = tl.load(g_ptr + lane[:, None] * stride_gt + (d + dd)[None, :], mask=t_real[:, None], other=0.0)
             h = tl.load(h_ptr + token[:, None] * V + (d + dd)[None, :], mask=t_real[:, None], other=0.0)

@@ -51,7 +51,7 @@ class Config:
 def _config(chunk: int, block: int, d_qk: int, d_v: int, outputs: Tile, gradients: Tile) -> Config:
     updates = Tile({"BK": 64, "BV": min(d_v, 256), "BT": 64}, 4, 2)
     scan, back = Tile({"BLOCK": 1024}, 8, 1), Tile({"BLOCK": 1024}, 2, 1)
-    return Config(chunk, block, updates, outputs, Tile({"BD": 64}, 8, 4), gradients, scan, back)
+    return Config(chunk, block, updates, outputs, Tile({"BD": 64, "INLINE": 0}, 8, 4), gradients, scan, back)
 
 
 def _combined(rows: int, columns: int, warps: int, stages: int) -> Tile:
