@@ -24,31 +24,34 @@ from .kernels import MLSTM
 REGIMES = {"clamped": (-10.0, 4.0), "mixed": (-4.0, 4.5), "free": (5.0, 3.0), "forget": (0.0, -15.0), "keep": (15.0, 15.0)}
 TOLERANCE = 1.2e-2
 ROWS = ("BM", "BN", "BS", "BD")
-SCANS = ((1024, 8, 1), (1024, 4, 1), (2048, 8, 1), (512, 4, 1), (512, 2, 1), (2048, 4, 1), (1024, 2, 1), (256, 1, 1), (512, 1, 1))
+SCANS = ((1024, 8, 1), (1024, 4, 1), (2048, 8, 1), (512, 4, 1), (512, 2, 1), (2048, 4, 1), (1024, 2, 1), (256, 1, 1))
 LISTS = {  # kernel: names of the sizes, then sizes, warps, stages
     "outputs": (ROWS, (
-        (128, 256, 64, 64, 8, 2), (128, 256, 64, 64, 8, 3), (128, 256, 32, 64, 8, 3), (128, 128, 64, 64, 8, 3), (128, 128, 64, 64, 8, 2),
-        (64, 256, 64, 64, 4, 2), (64, 256, 64, 64, 8, 3), (64, 512, 32, 64, 8, 2), (64, 128, 64, 64, 4, 3), (64, 128, 64, 64, 4, 2),
-        (128, 128, 128, 64, 8, 2), (64, 256, 32, 64, 4, 3), (128, 128, 64, 64, 4, 2),
+        (128, 256, 32, 64, 8, 3), (64, 256, 32, 64, 4, 2), (64, 256, 32, 32, 4, 2), (64, 256, 32, 32, 4, 3), (128, 256, 32, 32, 8, 3),
+        (128, 256, 32, 64, 8, 2), (128, 256, 32, 32, 8, 4), (128, 128, 32, 32, 8, 2), (64, 128, 32, 64, 4, 3), (64, 128, 32, 64, 4, 2),
+        (128, 128, 32, 64, 4, 2), (64, 256, 64, 64, 4, 2), (64, 256, 32, 64, 4, 3), (128, 256, 64, 64, 8, 3), (64, 128, 64, 64, 4, 3),
+        (128, 128, 64, 64, 4, 2), (64, 64, 64, 64, 4, 3),
     )),
-    "pairs": (("BD", "INLINE"), (
-        (64, 0, 8, 4), (64, 1, 8, 4), (64, 0, 8, 3), (64, 1, 8, 3), (128, 0, 8, 2), (128, 0, 8, 3), (64, 0, 4, 4), (32, 0, 8, 4),
-        (64, 0, 8, 2), (32, 1, 8, 4), (64, 0, 4, 3), (64, 1, 8, 2), (64, 0, 4, 2),
+    "updates": (("BK", "BV", "BT", "GROUP"), (
+        (64, 256, 64, 4, 4, 2), (64, 256, 64, 8, 4, 2), (64, 256, 32, 4, 4, 3), (64, 256, 64, 4, 8, 2), (128, 256, 64, 4, 8, 3),
+        (128, 256, 64, 8, 8, 3), (128, 256, 32, 4, 8, 4), (128, 128, 64, 4, 4, 2), (128, 128, 64, 8, 8, 3), (64, 128, 64, 4, 4, 3),
+        (64, 256, 32, 8, 4, 4), (128, 256, 64, 4, 8, 2), (64, 256, 64, 2, 4, 2), (64, 128, 64, 2, 4, 3), (64, 128, 64, 2, 4, 2),
+        (64, 64, 64, 1, 4, 3), (64, 128, 64, 1, 4, 3), (64, 128, 32, 2, 4, 4),
+    )),
+    "pairs": (("BT", "BD", "INLINE"), (
+        (128, 64, 1, 8, 3), (128, 64, 1, 8, 4), (128, 64, 0, 16, 4), (128, 64, 1, 16, 3), (64, 64, 0, 4, 4), (64, 64, 1, 4, 4),
+        (64, 64, 1, 4, 3), (64, 128, 1, 4, 3), (64, 64, 0, 4, 3), (128, 128, 1, 8, 3), (128, 128, 0, 8, 3), (128, 64, 1, 16, 4),
+        (64, 64, 1, 4, 2), (64, 32, 1, 4, 4), (128, 64, 0, 16, 3), (64, 64, 0, 4, 2),
     )),
     "gradients": (ROWS, (
-        (128, 256, 64, 64, 8, 3), (128, 256, 64, 64, 8, 4), (128, 256, 32, 32, 8, 4), (64, 256, 64, 64, 4, 2), (64, 256, 64, 64, 4, 3),
-        (64, 256, 64, 64, 8, 3), (128, 128, 64, 64, 8, 3), (128, 256, 64, 64, 8, 2), (128, 256, 64, 128, 8, 2), (64, 128, 64, 64, 4, 3),
-        (64, 64, 64, 64, 4, 2), (64, 256, 64, 64, 8, 2), (128, 128, 64, 64, 8, 2),
-    )),
-    "updates": (("BK", "BV", "BT"), (
-        (64, 256, 64, 4, 2), (128, 256, 64, 8, 2), (128, 256, 64, 8, 3), (128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (64, 256, 64, 8, 3),
-        (256, 128, 64, 8, 3), (64, 512, 64, 8, 2), (128, 256, 32, 8, 4), (128, 128, 64, 4, 2), (64, 128, 64, 4, 2), (64, 128, 64, 4, 3),
-        (64, 256, 64, 4, 3),
+        (128, 256, 64, 64, 8, 3), (128, 256, 64, 32, 8, 4), (128, 256, 32, 64, 8, 3), (64, 256, 32, 64, 4, 2), (64, 256, 32, 32, 4, 3),
+        (64, 128, 32, 64, 4, 3), (128, 128, 32, 64, 8, 2), (64, 128, 64, 64, 4, 2), (64, 64, 32, 64, 4, 3), (64, 64, 64, 32, 4, 3),
+        (128, 256, 32, 32, 8, 3), (64, 128, 64, 64, 4, 3), (64, 128, 32, 32, 4, 3), (64, 128, 32, 32, 4, 4), (128, 128, 32, 32, 8, 3),
+        (128, 256, 64, 64, 16, 3), (64, 64, 64, 64, 4, 3),
     )),
     "scan": (("BLOCK",), SCANS),
     "scan_back": (("BLOCK",), SCANS),
 }  # fmt: skip
-MARCHES = ((64, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), (128, 128, 64, 8, 3), (64, 128, 128, 8, 3), (128, 64, 64, 8, 4))
 
 
 def lists(d_qk: int, d_v: int, chunk: int) -> dict[str, list]:
@@ -68,18 +71,21 @@ def lists(d_qk: int, d_v: int, chunk: int) -> dict[str, list]:
 
 
 def candidates(d_qk: int, d_v: int) -> list[Any]:
-    from swax_megatron.kernels.mlstm.triton_launch import CONFIGS, Tile
+    """Configurations: all kernels' tiles j together, then the shipped ones with P computed again, or with the other chunk length."""
+    from swax_megatron.kernels.mlstm.triton_launch import CONFIGS
 
     shipped = CONFIGS[d_qk, d_v]
     each = lists(d_qk, d_v, shipped.chunk)
     found = [replace(shipped, **{k: tiles[j % len(tiles)] for k, tiles in each.items()}) for j in range(max(map(len, each.values())))]
-    for bk, bv, bt, warps, stages in MARCHES:
-        if bk <= d_qk and bv <= d_v:
-            found.append(replace(shipped, march=Tile({"BK": bk, "BV": bv, "BT": bt}, warps, stages)))
-    found.append(replace(shipped, keep=False))
+    found.append(replace(shipped, keep=not shipped.keep))
     if d_qk <= 128:
         found.append(replace(shipped, chunk=384 - shipped.chunk))  # 128 and 256 exchanged
     return found
+
+
+def apart(config: Any, shipped: Any) -> list[Any]:
+    """`config` one kernel at a time, for when one of its tiles does not fit."""
+    return [replace(shipped, **{k: getattr(config, k)}) for k in LISTS if getattr(config, k) != getattr(shipped, k)]
 
 
 def install(shape: tuple[int, int], config: Any) -> None:
@@ -144,7 +150,7 @@ def kernel_times(leaves: list[torch.Tensor], calls: int = 6) -> dict[str, float]
     return found
 
 
-OURS = ("chunk_gates", "token_weights", "chunk_updates", "scan_states", "march_states", "outputs", "pair_gradients", "combine_gradients")
+OURS = ("chunk_gates", "token_weights", "chunk_updates", "scan_states", "outputs", "pair_gradients", "combine_gradients")
 OURS += ("gate_gradients",)
 
 
@@ -153,12 +159,18 @@ def compile_share(cases: list[str], share: str) -> None:
     shapes = sorted({MLSTM[case][3:] for case in cases}, reverse=True)
     work = [(shape, j) for shape in shapes for j in range(len(candidates(*shape)))]
     for shape, j in work[index::processes]:
-        install(shape, candidates(*shape)[j])
-        try:
-            results(make((1, 512, 2), shape, (0.0, 3.0)))
-            torch.cuda.synchronize()
-        except Exception as error:  # one candidate that cannot be built must not stop the others: the timing run reports it
-            print(f"{shape} {j}: {error!r}"[:300], file=sys.stderr)
+        shipped, config = candidates(*shape)[0], candidates(*shape)[j]
+        for one in (config, *apart(config, shipped)):
+            install(shape, one)
+            try:
+                results(make((1, 512, 2), shape, (0.0, 3.0)))
+                torch.cuda.synchronize()
+            except Exception as error:  # a candidate that cannot be built must not stop the others: the timing run reports it
+                print(f"{shape} {j}: {error!r}"[:300], file=sys.stderr)
+            else:
+                if one is config:
+                    break
+        install(shape, shipped)
 
 
 def measure(case: str, out: str, deadline: float) -> None:
@@ -168,10 +180,9 @@ def measure(case: str, out: str, deadline: float) -> None:
 
     shipped = CONFIGS[shape]
     best: dict[str, list] = defaultdict(list)
-    for j, config in enumerate(candidates(*shape)):
-        if time.monotonic() > deadline:
-            print("  stopped: out of time")
-            break
+    waiting = list(enumerate(candidates(*shape)))
+    while waiting and time.monotonic() < deadline:
+        j, config = waiting.pop(0)
         install(shape, config)
         row: dict[str, Any] = {"case": case, "candidate": j, "config": repr(config)}
         try:
@@ -180,8 +191,10 @@ def measure(case: str, out: str, deadline: float) -> None:
             del first, second
             row["error"] = worst_error(shape)
             row["us"] = {k: round(t, 1) for k, t in kernel_times(leaves).items()}
-        except Exception as problem:  # beyond shared memory, or not to be compiled: one line of the table
+        except Exception as problem:  # beyond shared memory, or not to be compiled: one line of the table, and each kernel alone
             row["problem"] = repr(problem)[:200]
+            if isinstance(j, int):
+                waiting += [(f"{j} alone", one) for one in apart(config, shipped)]
         with open(out, "a", encoding="utf-8") as file:
             print(json.dumps(row), file=file, flush=True)
         right = row.get("error", 1.0) < TOLERANCE and row.get("same")
@@ -193,7 +206,7 @@ def measure(case: str, out: str, deadline: float) -> None:
         for name, us in row["us"].items():
             kernel = name.split(" ")[0]
             tile = {"outputs": config.outputs, "pair_gradients": config.pairs, "combine_gradients": config.gradients}.get(kernel)
-            tile = {"chunk_updates": config.updates, "march_states": config.march}.get(kernel, tile)
+            tile = config.updates if kernel == "chunk_updates" else tile
             if kernel == "scan_states":
                 tile = config.scan_back if name.endswith("back") else config.scan
             best[name].append((us, j, good, tile))
@@ -201,7 +214,7 @@ def measure(case: str, out: str, deadline: float) -> None:
         if rows[0][3] is not None:
             print(f"  {name}: shipped {rows[0][0]:.1f}")
             for us, j, good, tile in sorted(rows, key=lambda row: row[0])[:4]:
-                print(f"    {us:7.1f} us {j:2d} {good} {tuple(tile.sizes.values())} w{tile.warps} s{tile.stages}")
+                print(f"    {us:7.1f} us {j} {good} {tuple(tile.sizes.values())} w{tile.warps} s{tile.stages}")
     install(shape, shipped)
 
 

@@ -20,36 +20,48 @@ import triton.language as tl
 def chunk_updates(
     x_ptr, y_ptr, w_ptr, rn_ptr, delta_ptr, states_ptr, norms_ptr,
     T, H, C, stride_xb, stride_xt, stride_xh, stride_yb, stride_yt, stride_yh,
-    K: tl.constexpr, V: tl.constexpr, LC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, LC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr,
     BACK: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
-    """(w X)' Y and sum(w X) of one chunk: (k, v) for the states; BACK: (q, dh), w / n and delta w / n for their gradients."""
-    tile, c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    """(w X)' Y and sum(w X) of each of GROUP chunks: (k, v) for the states; BACK: (q, dh), w / n and delta w / n for their gradients.
+
+    One loop over all tokens, so that loads go on while a chunk's sum is stored.
+    """
+    tile, first, bh = tl.program_id(0), tl.program_id(1).to(tl.int64) * GROUP, tl.program_id(2).to(tl.int64)
     TV: tl.constexpr = V // BV
+    PARTS: tl.constexpr = LC // BT
     k0, v0 = (tile // TV) * BK, (tile % TV) * BV
     dk, dv, lane = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BT)
-    x_ptr += (bh // H) * stride_xb + (bh % H) * stride_xh + c * LC * stride_xt + k0
-    y_ptr += (bh // H) * stride_yb + (bh % H) * stride_yh + c * LC * stride_yt + v0
-    tokens = (bh * C + c) * LC + lane
-    left = (T - c * LC).to(tl.int32)
+    x_ptr += (bh // H) * stride_xb + (bh % H) * stride_xh + first * LC * stride_xt + k0
+    y_ptr += (bh // H) * stride_yb + (bh % H) * stride_yh + first * LC * stride_yt + v0
+    states_ptr += (bh * C + first) * K * V + (k0 + dk)[:, None] * V + (v0 + dv)[None, :]
+    norms_ptr += (bh * C + first) * K + k0 + dk
+    tokens = (bh * C + first) * LC + lane
+    left = (T - first * LC).to(tl.int32)
     update = tl.zeros([BK, BV], tl.float32)
     norm = tl.zeros([BK], tl.float32)
-    for t in range(0, LC, BT):
-        real = t + lane < left
-        w = tl.load(w_ptr + tokens + t)
+    for i in range(0, tl.minimum(C - first, GROUP).to(tl.int32) * PARTS):
+        t = i * BT + lane
+        real = t < left
+        w = tl.load(w_ptr + tokens + i * BT)
         if BACK:
-            w *= tl.load(rn_ptr + tokens + t)
-        x = tl.load(x_ptr + dk[:, None] + (t + lane)[None, :] * stride_xt, mask=real[None, :], other=0.0)
-        y = tl.load(y_ptr + (t + lane)[:, None] * stride_yt + dv[None, :], mask=real[:, None], other=0.0)
+            w *= tl.load(rn_ptr + tokens + i * BT)
+        x = tl.load(x_ptr + dk[:, None] + t[None, :].to(tl.int64) * stride_xt, mask=real[None, :], other=0.0)
+        y = tl.load(y_ptr + t[:, None].to(tl.int64) * stride_yt + dv[None, :], mask=real[:, None], other=0.0)
         update = tl.dot((x.to(tl.float32) * w[None, :]).to(DT), y.to(DT), update, input_precision="ieee")
         if v0 == 0:
             wn = w
             if BACK:
-                wn = w * tl.load(delta_ptr + tokens + t)
+                wn = w * tl.load(delta_ptr + tokens + i * BT)
             norm += tl.sum(x.to(tl.float32) * wn[None, :], 1)
-    tl.store(states_ptr + (bh * C + c) * K * V + (k0 + dk)[:, None] * V + (v0 + dv)[None, :], update.to(DT))
-    if v0 == 0:
-        tl.store(norms_ptr + (bh * C + c) * K + k0 + dk, norm)
+        if i % PARTS == PARTS - 1:
+            tl.store(states_ptr, update.to(DT))
+            if v0 == 0:
+                tl.store(norms_ptr, norm)
+            states_ptr += K * V
+            norms_ptr += K
+            update = tl.zeros([BK, BV], tl.float32)
+            norm = tl.zeros([BK], tl.float32)
 
 
 @triton.jit
@@ -202,8 +214,11 @@ def pair_gradients(
     Also delta = -<dh, h> sign of the denominator, with <dh, h> given (DOT) or summed here.
     """
     pair, c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    BLOCKS: tl.constexpr = LC // BT  # 1 or 2: pairs (0,0), (1,0), (1,1)
-    ti, si = (pair > 0).to(tl.int32), (pair > 1).to(tl.int32)
+    BLOCKS: tl.constexpr = LC // BT
+    ti = 0
+    for i in tl.static_range(1, BLOCKS):  # pairs (0,0), (1,0), (1,1), (2,0), ...
+        ti += (pair >= i * (i + 1) // 2).to(tl.int32)
+    si = pair - ti * (ti + 1) // 2
     batch, head = bh // H, bh % H
     lane, dd = tl.arange(0, BT), tl.arange(0, BD)
     t0, s0 = c * LC + ti * BT, c * LC + si * BT
@@ -255,6 +270,12 @@ def pair_gradients(
     strict = tl.where(t[:, None] > s[None, :], w, 0.0)
     tl.store(row_sum_ptr + (bh * BLOCKS + si) * C * LC + t, tl.sum(strict, 1))
     tl.store(col_sum_ptr + (bh * BLOCKS + ti) * C * LC + s, tl.sum(strict, 0))
+    if BT < 128:
+        if (si == ti - 1) & (ti % 2 == 1):  # `_combine` reads squares of two blocks on the diagonal whole
+            above = (bh * C + c) * LC * LC + (si * BT + lane)[:, None] * LC + (ti * BT + lane)[None, :]
+            tl.store(ds_ptr + above, tl.zeros([BT, BT], DT))
+            if KEEP:
+                tl.store(p_ptr + above, tl.zeros([BT, BT], DT))
     if ti == si:
         tl.store(diagonal_ptr + base + t, tl.sum(tl.where(t[:, None] == s[None, :], w, 0.0), 1))
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from ..launching import Launches, padded
 from . import triton_cell as cell
 from . import triton_gates as gates
-from . import triton_march as march
 from . import triton_norm as norm
 
 
@@ -34,36 +33,35 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True, eq=False)  # one identity per table entry: part of the key that compiled kernels are kept under
 class Config:
-    """Every kernel's tiles for one shape class (d_qk, d_v). chunk: tokens between two saved states; block: rows of a pair block."""
+    """Every kernel's tiles for one shape class (d_qk, d_v). chunk: tokens between two saved states.
+
+    Two blocks of pairs (BT) must cover the rows (BM) of a tile of gradients.
+    """
 
     chunk: int
-    block: int
-    updates: Tile
     outputs: Tile
+    updates: Tile
     pairs: Tile
     gradients: Tile
     scan: Tile
     scan_back: Tile
     keep: bool = True  # P/n in memory between the pairs and dv, or computed again
-    march: Tile | None = None  # one kernel for the states of all chunks instead of two (`triton_march.py`)
 
 
-def _config(chunk: int, block: int, d_qk: int, d_v: int, outputs: Tile, gradients: Tile) -> Config:
-    updates = Tile({"BK": 64, "BV": min(d_v, 256), "BT": 64}, 4, 2)
-    scan, back = Tile({"BLOCK": 1024}, 8, 1), Tile({"BLOCK": 1024}, 2, 1)
-    return Config(chunk, block, updates, outputs, Tile({"BD": 64, "INLINE": 0}, 8, 4), gradients, scan, back)
+def _config(chunk: int, outputs: tuple, updates: tuple, pairs: tuple, gradients: tuple) -> Config:
+    """Each tile: sizes, warps, stages."""
+    rows = ("BM", "BN", "BS", "BD")
+    names = rows, ("BK", "BV", "BT", "GROUP"), ("BT", "BD", "INLINE"), rows
+    each = [Tile(dict(zip(n, t, strict=False)), *t[len(n) :]) for n, t in zip(names, (outputs, updates, pairs, gradients), strict=True)]
+    return Config(chunk, *each, Tile({"BLOCK": 1024}, 8, 1), Tile({"BLOCK": 1024}, 2, 1))
 
 
-def _combined(rows: int, columns: int, warps: int, stages: int) -> Tile:
-    return Tile({"BM": rows, "BN": columns, "BS": 64, "BD": 64}, warps, stages)
-
-
-# The fastest of those tried on an H100 (docs/kernels.md); each was checked there against float64, gradients included.
+# The fastest of those tried (docs/kernels.md); each was checked against float64, gradients included.
 CONFIGS: dict[tuple[int, int], Config] = {
-    (64, 64): _config(128, 128, 64, 64, _combined(64, 64, 4, 2), _combined(64, 64, 4, 2)),
-    (64, 128): _config(128, 128, 64, 128, _combined(64, 128, 4, 2), _combined(64, 64, 4, 2)),
-    (128, 256): _config(256, 128, 128, 256, _combined(128, 128, 8, 2), _combined(128, 256, 8, 3)),
-    (256, 512): _config(256, 128, 256, 512, _combined(128, 256, 8, 2), _combined(128, 256, 8, 3)),
+    (64, 64): _config(128, (64, 64, 64, 64, 4, 3), (64, 64, 64, 1, 4, 3), (128, 64, 0, 8, 4), (64, 64, 64, 64, 4, 2)),
+    (64, 128): _config(128, (64, 128, 64, 64, 4, 3), (64, 128, 64, 1, 4, 3), (128, 64, 0, 8, 4), (64, 64, 64, 64, 4, 2)),
+    (128, 256): _config(256, (64, 256, 64, 64, 4, 2), (64, 256, 64, 1, 4, 2), (128, 64, 0, 8, 4), (128, 256, 64, 64, 8, 3)),
+    (256, 512): _config(256, (128, 256, 32, 64, 8, 3), (64, 256, 64, 1, 4, 2), (128, 64, 0, 8, 4), (128, 256, 64, 64, 8, 3)),
 }
 
 # The type of the products' operands and of saved states. float16 inputs are rounded to bfloat16 there: a state may exceed 65,504.
@@ -103,19 +101,18 @@ def _constants(config: Config, d_qk: int, d_v: int, dtype: torch.dtype, document
     size, dt = {"K": d_qk, "V": d_v, "LC": config.chunk}, {"DT": _PRODUCT[dtype][0]}
     flags = {"START": initial, "END": end, "REVERSE": back}
     scan = (config.scan_back if back else config.scan).options()
-    pairs = {**size, "BT": config.block, "KEEP": config.keep, "DOCUMENTS": documents, **dt, **config.pairs.options()}
+    pairs = {**size, "KEEP": config.keep, "DOCUMENTS": documents, **dt, **config.pairs.options()}
     return SimpleNamespace(
         gates={"LC": config.chunk, "DOCUMENTS": documents, "num_warps": 4},
         weights={"LC": config.chunk, "SUMMARIES": 128, "DOCUMENTS": documents, "INITIAL": initial, "num_warps": 4},
         updates={**size, "BACK": back, **dt, **config.updates.options()},
         scan={"K": d_qk, "V": d_v, **flags, **scan},
-        march=None if config.march is None else {**size, **flags, **dt, **config.march.options()},
         outputs={**size, "DOCUMENTS": documents, **dt, **config.outputs.options()},
         pairs={**pairs, "DOT": False},
         pairs_given={**pairs, "DOT": True},
         gradients={**size, "KEEP": config.keep, "DOCUMENTS": documents, **dt, **config.gradients.options()},
         gate_gradients={
-            "LC": config.chunk, "BLOCKS": config.chunk // config.block, "TILE_BLOCK": 64, "DOCUMENTS": documents, "num_warps": 4
+            "LC": config.chunk, "BLOCKS": config.chunk // config.pairs.sizes["BT"], "TILE_BLOCK": 64, "DOCUMENTS": documents, "num_warps": 4
         },
     )  # fmt: skip
 
@@ -172,9 +169,6 @@ def forward(q, k, v, igate, fgate, start, c0, n0, m0, want_state: bool, gate_cap
 
 def passed_tiles(config: Config, d_qk: int, d_v: int) -> int:
     """Parts of the sum of gradient times state that passes through a chunk."""
-    if config.march is not None:
-        tile = config.march.sizes
-        return d_qk // tile["BK"] * (d_v // tile["BV"] + 1)
     return d_qk * d_v // config.scan_back.sizes["BLOCK"] + 1
 
 
@@ -182,13 +176,8 @@ def _states(launch, constants, config: Config, operands, decay, states, norms, b
     """The state before every chunk, in place, or its gradient: operands x, y, weights, 1/n and delta; begin, end: (C, n) or None."""
     batch, length, heads, chunks, d_k, d_v = shape
     size, bh = (length, heads, chunks), batch * heads
-    if config.march is not None:
-        tile = config.march.sizes
-        arguments = (*operands, decay, states, norms, *begin, *others, *end, passed, *size, *strides)
-        launch(march.march_states, (d_k // tile["BK"] * (d_v // tile["BV"] + 1), bh, 1), arguments, constants.march)
-        return
     tile = config.updates.sizes
-    grid = d_k // tile["BK"] * (d_v // tile["BV"]), chunks, bh
+    grid = d_k // tile["BK"] * (d_v // tile["BV"]), -(-chunks // tile["GROUP"]), bh
     launch(cell.chunk_updates, grid, (*operands, states, norms, *size, *strides), constants.updates)
     grid = d_k * d_v // constants.scan["BLOCK"] + 1, bh, 1
     launch(cell.scan_states, grid, (states, norms, decay, *begin, *others, *end, passed, chunks), constants.scan)
@@ -197,8 +186,8 @@ def _states(launch, constants, config: Config, operands, decay, states, norms, b
 def backward(q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, saved: Saved, want_initial: bool, gate_cap, eps, config: Config):
     """Gradients of q, k, v, igate, fgate, and of the initial (C, n) (or two None). dot: <dh, h> (B, T, H) if known."""
     batch, length, heads, d_qk = q.shape
-    d_v, bh, lc, block = v.shape[-1], batch * heads, config.chunk, config.block
-    chunks, blocks = -(-length // lc), lc // block
+    d_v, bh, lc = v.shape[-1], batch * heads, config.chunk
+    chunks, blocks = -(-length // lc), lc // config.pairs.sizes["BT"]
     q, k, v, dh = rows(q), rows(k), rows(v), rows(dh)
     given = (q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end)
     launch = Launches(("backward", config, d_qk, d_v, want_initial), given)
@@ -207,12 +196,11 @@ def backward(q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, saved: Sa
 
     tokens, tiles = bh * chunks * lc, passed_tiles(config, d_qk, d_v)
     scratch = [tokens] * 4 + [tokens * blocks] * 2 + [bh * chunks * d_qk, bh * chunks * tiles]
+    scratch += [n * dtype.itemsize // 4 for n in (tokens * lc, config.keep * tokens * lc, bh * chunks * d_qk * d_v)]
     spare = _float32(q, sum(map(padded, scratch)))
     row, col, wq, wk, rn, side, decay, norms = launch.regions(saved.scalars, _parts(bh, chunks, lc, d_qk))
-    delta, diagonal, rq, rk, row_sum, col_sum, d_norms, passed = launch.regions(spare, scratch)
-    ds = torch.empty((tokens, lc), dtype=dtype, device=device)
-    p = torch.empty_like(ds) if config.keep else None
-    d_states = torch.empty((bh, chunks, d_qk, d_v), dtype=dtype, device=device)
+    delta, diagonal, rq, rk, row_sum, col_sum, d_norms, passed, *matrices = launch.regions(spare, scratch)
+    ds, p, d_states = matrices if launch.direct else (x.view(dtype) for x in matrices)
     start_at, i_at, f_at, q_at, k_at, v_at, g_at = at(start), at(igate), at(fgate), at(q), at(k), at(v), at(dh)
     size = length, heads, chunks
     by_q, by_k, by_v, by_g = q.stride()[:3], k.stride()[:3], v.stride()[:3], dh.stride()[:3]
@@ -220,14 +208,14 @@ def backward(q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, saved: Sa
     launch(
         cell.pair_gradients, (blocks * (blocks + 1) // 2, chunks, bh),
         (
-            q_at, k_at, v_at, g_at, at(h), at(dot), row, col, rn, side, start_at, at(p), at(ds), delta, row_sum, col_sum, diagonal,
+            q_at, k_at, v_at, g_at, at(h), at(dot), row, col, rn, side, start_at, p, ds, delta, row_sum, col_sum, diagonal,
             *size, *by_q, *by_k, *by_v, *by_g, d_qk**-0.5,
         ),
         constants.pairs_given if dot is not None else constants.pairs,
     )  # fmt: skip
     dc0, dn0 = (_float32(q, batch, heads, d_qk, d_v), _float32(q, batch, heads, d_qk)) if want_initial else (None, None)
     _states(
-        launch, constants, config, (q_at, g_at, wq, rn, delta), decay, at(d_states), d_norms,
+        launch, constants, config, (q_at, g_at, wq, rn, delta), decay, d_states, d_norms,
         (at(dc_end), at(dn_end)), (at(saved.states), norms), (at(dc0), at(dn0)), passed, (batch, *size, d_qk, d_v), (*by_q, *by_g),
     )  # fmt: skip
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
@@ -235,7 +223,7 @@ def backward(q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, saved: Sa
     launch(
         cell.combine_gradients, (chunks * lc // tile["BM"] * (2 + d_v // tile["BN"]), bh, 1),
         (
-            q_at, k_at, v_at, g_at, at(p), at(ds), at(saved.states), norms, at(d_states), d_norms, wq, rn, delta, wk,
+            q_at, k_at, v_at, g_at, p, ds, at(saved.states), norms, d_states, d_norms, wq, rn, delta, wk,
             row, col, start_at, at(dq), at(dk), at(dv), rq, rk, *size, *by_q, *by_k, *by_v, *by_g, d_qk**-0.5,
         ),
         constants.gradients,
