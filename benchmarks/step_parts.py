@@ -83,7 +83,7 @@ def measure(run: Callable[[], None], cuda: bool) -> dict[str, Any]:
         slowest[event.name()[:90]] += event.duration_ns() / 1e9
         spans.append((event.start_ns(), event.end_ns()))
     longest = dict(list(_sorted(slowest).items())[:25])
-    return {"parts": _sorted(seconds), "busy_s": _union(spans) / 1e9, "kernels": len(spans), "slowest": longest}
+    return {"parts": _sorted(seconds), "busy_s": union(spans) / 1e9, "kernels": len(spans), "slowest": longest}
 
 
 def owners(profiler: profile) -> list[tuple[Any, str, int]]:
@@ -116,7 +116,8 @@ def _sorted(seconds: dict[str, float]) -> dict[str, float]:
     return {name: round(value, 6) for name, value in sorted(seconds.items(), key=lambda pair: -pair[1])}
 
 
-def _union(spans: list[tuple[int, int]]) -> int:
+def union(spans: list[tuple[int, int]]) -> int:
+    """Nanoseconds that the (start, end) spans cover."""
     total = reached = 0
     for start, end in sorted(spans):
         total += max(0, end - max(start, reached))
