@@ -1,10 +1,10 @@
 """Time training steps of one configuration in many layouts over NCCL, one process a GPU, beside one GPU in the same run.
 
-Every layout trains with the same number of rows a GPU (weak scaling); its efficiency is tokens a second and GPU over those of one GPU,
-of which the runs before and after the layouts are told. One pool of processes takes one layout after another. Timed is the trainer
-itself, with its data path, at each window of the configuration. Weights are drawn on the GPU (a run draws them by name on the CPU), so
-losses of two lines do not compare. One JSON line a case: medians, tokens a second, model FLOPs utilisation, what the plan says, and from
-a profile of one more step the seconds of NCCL's kernels, how much of them ran beside others, and the seconds in which nothing ran.
+Every layout trains with the same number of rows a GPU (weak scaling); its efficiency is tokens a second and GPU over those of one GPU.
+One pool of processes takes one layout after another. Timed is the trainer itself, with its data path, at each window of the
+configuration. Weights are drawn on the GPU (a run draws them by name on the CPU), so losses of two lines do not compare. One JSON line
+a case: medians, tokens a second, model FLOPs utilisation, what the plan says, and, at the first window, from a profile of one more step
+the seconds of NCCL's kernels, how much of them ran beside others, and the seconds in which nothing ran.
 """
 
 from __future__ import annotations
@@ -36,13 +36,15 @@ from swax_megatron.hardware import known_peak
 from tests import runs
 from tests.workers import Workers, free_port
 
-# overrides of a layout of all GPUs; {n}: their number
+# overrides of a layout of all GPUs; {n}: their number; {many}: four times the rows of the others
 LAYOUTS: dict[str, list[str]] = {
     "DP ZeRO-1": [],
     "TP SP": ["parallel.tensor={n}", "parallel.sequence=true"],
     "PP": ["parallel.pipeline={n}"],
     "CP": ["parallel.context={n}"],
+    "PP, four times the rows": ["parallel.pipeline={n}", "train.global_batch_size={many}"],
     "TP": ["parallel.tensor={n}", "parallel.sequence=false"],
+    "TP SP, one after the other": ["parallel.tensor={n}", "parallel.sequence=true", "parallel.overlap=false"],
     "DP Megatron": ["optimizer.backend=megatron"],
     "DP ZeRO-2": ["optimizer.zero_stage=2"],
     "DP ZeRO-3": ["optimizer.zero_stage=3"],
@@ -105,7 +107,7 @@ def _measure(options: argparse.Namespace, work: Path) -> int:
         if not pools[size].alive:
             pools[size] = Workers(size)
         try:
-            raw = settings(options, work, size, [text.format(n=size) for text in overrides])
+            raw = settings(options, work, size, [text.format(n=size, many=4 * options.rows * size) for text in overrides])
             return pools[size].run(function, raw, *arguments)
         except (AssertionError, ValueError) as error:
             failed += 1
@@ -139,9 +141,8 @@ def _measure(options: argparse.Namespace, work: Path) -> int:
 def settings(options: argparse.Namespace, work: Path, processes: int, overrides: list[str]) -> dict[str, Any]:
     """The configuration of one layout."""
     data = [f"data.train=[{{path: {work / 'data'}}}]", f"run_dir={work / 'run'}", "validation.interval=0", "checkpoint.interval=0"]
-    config = load_config(options.config, ["parallel.tensor=1", *options.overrides, *data, *overrides])
-    config.train.global_batch_size = options.rows * processes * config.train.micro_batch_size
-    return to_dict(config)
+    first = ["parallel.tensor=1", "train.micro_batch_size=1", f"train.global_batch_size={options.rows * processes}"]
+    return to_dict(load_config(options.config, [*first, *options.overrides, *data, *overrides]))
 
 
 def versions() -> dict[str, str]:
@@ -269,7 +270,9 @@ def time_layout(raw: dict[str, Any], windows: list[int] | None, warm_up: int, st
                 "build_seconds": round(built, 1),
             }
             if cuda:
-                case |= {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2), "profile": profile_step(trainer)}
+                case |= {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
+            if cuda and not found:
+                case |= {"profile": profile_step(trainer)}
             found.append(case)
         trainer.feed.close()
         backend.close()

@@ -1,12 +1,15 @@
 """Tensor-parallel linear maps: enter the parallel region once, project with local shards, leave it once.
 
 Megatron's ColumnParallelLinear gathers its input for itself; a mixer has five to six projections of the same input,
-so the gather (or, without sequence parallelism, the backward all-reduce) stands here once for all of them.
+so the gather (or, without sequence parallelism, the backward all-reduce) stands here once for all of them. Where parallel.overlap allows,
+the transfers run beside the products (swax_megatron/model/overlap.py).
 
 Shapes: s sequence (the local piece outside the region under sequence parallelism), b batch, h hidden, n local outputs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -20,6 +23,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 
 from swax_megatron.model.initial import Initial, matrix, residual_matrix
+from swax_megatron.model.overlap import EnterAndProject, ProjectAndLeave
 from swax_megatron.model.parameters import declare
 from swax_megatron.model.transformer_config import SwaxTransformerConfig
 
@@ -71,3 +75,26 @@ class RowLinear(nn.Module):
 
     def forward(self, x_sbn: Tensor) -> Tensor:
         return F.linear(x_sbn, self.weight)
+
+
+def enter_and_project(x_sbh: Tensor, config: SwaxTransformerConfig, linears: Sequence[ColumnLinear]) -> tuple[Tensor, list[Tensor]]:
+    """Enter the tensor-parallel region: the whole sequence, and its projections."""
+    if not _overlaps(config, *linears):
+        whole_sbh = enter_tensor_parallel(x_sbh, config)
+        return whole_sbh, [linear(whole_sbh) for linear in linears]
+    whole_sbh, *projected = EnterAndProject.apply(x_sbh, config.groups.tp, config.sequence_parallel, *(each.weight for each in linears))
+    return whole_sbh, projected
+
+
+def project_and_leave(x_sbn: Tensor, config: SwaxTransformerConfig, linear: RowLinear) -> Tensor:
+    """Project and leave the tensor-parallel region."""
+    if config.sequence_parallel and _overlaps(config, linear):
+        return ProjectAndLeave.apply(x_sbn, linear.weight, config.groups.tp)
+    return leave_tensor_parallel(linear(x_sbn), config)
+
+
+def _overlaps(config: SwaxTransformerConfig, *linears: nn.Module) -> bool:
+    """ZeRO's stage 3 gathers a weight when its own module is called; gloo cannot send a CUDA tensor to one peer."""
+    if config.tensor_model_parallel_size == 1 or not config.overlap or any(hasattr(linear.weight, "ds_id") for linear in linears):
+        return False
+    return not linears[0].weight.is_cuda or dist.get_backend(config.groups.tp) == "nccl"
