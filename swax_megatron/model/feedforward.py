@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from swax_megatron.kernels.elementwise import swiglu
-from swax_megatron.model.linear import ColumnLinear, RowLinear, enter_tensor_parallel, leave_tensor_parallel
-from swax_megatron.model.projections import project
+from swax_megatron.model.linear import ColumnLinear, RowLinear
+from swax_megatron.model.projections import enter_and_project, project_and_leave
 from swax_megatron.model.transformer_config import SwaxTransformerConfig
 
 
@@ -21,7 +21,5 @@ class SwiGLU(nn.Module):
         self.down_proj = RowLinear(config, config.ffn_hidden_size, config.hidden_size)
 
     def forward(self, x_sbh: Tensor, **_: object) -> tuple[Tensor, None]:
-        x_sbh = enter_tensor_parallel(x_sbh, self.config)
-        hidden_sbf = swiglu(*project(x_sbh, self.gate_proj, self.up_proj), backend=self.config.kernels.backend)
-        y_sbh = self.down_proj(hidden_sbf)
-        return leave_tensor_parallel(y_sbh, self.config), None
+        _, (gate_sbf, up_sbf) = enter_and_project(x_sbh, self.config, (self.gate_proj, self.up_proj))
+        return project_and_leave(swiglu(gate_sbf, up_sbf, backend=self.config.kernels.backend), self.config, self.down_proj), None
