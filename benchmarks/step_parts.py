@@ -90,7 +90,7 @@ def measure(run: Callable[[], None], cuda: bool) -> dict[str, Any]:
     longest, heaviest = (dict(list(_sorted(table).items())[:40]) for table in (slowest, operations))
     return {
         "parts": _sorted(seconds),
-        "busy_s": _union(spans) / 1e9,
+        "busy_s": union(spans) / 1e9,
         "kernels": len(spans),
         "slowest": longest,
         "operations": heaviest,
@@ -111,7 +111,7 @@ def idle(run: Callable[[], Any], times: int = 3) -> tuple[float, list[tuple[floa
         seconds = time.perf_counter() - started
     events = profiler.profiler.kineto_results.events()
     kernels = [event for event in events if event.device_type() == DeviceType.CUDA and not event.is_user_annotation()]
-    busy = _union([(event.start_ns(), event.end_ns()) for event in kernels]) / 1e9
+    busy = union([(event.start_ns(), event.end_ns()) for event in kernels]) / 1e9
     pauses, last = [], None
     for event in sorted(kernels, key=lambda event: event.start_ns()):
         if last is not None and event.start_ns() > last.end_ns():
@@ -167,7 +167,8 @@ def _sorted(seconds: dict[str, float]) -> dict[str, float]:
     return {name: round(value, 6) for name, value in sorted(seconds.items(), key=lambda pair: -pair[1])}
 
 
-def _union(spans: list[tuple[int, int]]) -> int:
+def union(spans: list[tuple[int, int]]) -> int:
+    """Nanoseconds that the (start, end) spans cover."""
     total = reached = 0
     for start, end in sorted(spans):
         total += max(0, end - max(start, reached))

@@ -43,8 +43,18 @@ class Totals:
     busy: float = 0.0
 
 
-def run_microbatches(job: Pass, batches: Sequence[Batch], *, backward: bool, meanwhile: Callable[[], None] = lambda: None) -> Totals:
-    """Forward (and backward) of this rank's microbatches; ``meanwhile`` is called when all are under way, before the losses are read.
+def run_microbatches(
+    job: Pass,
+    batches: Sequence[Batch],
+    *,
+    backward: bool,
+    watch: Callable[[Tensor, Batch], None] | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Totals:
+    """Forward (and backward) of this rank's microbatches.
+
+    watch: on the last stage, gets (nats of every token (b, t), microbatch); meanwhile: called when all are under way, before the losses
+    are read.
 
     The loss is the sum over tokens divided by the number of unmasked targets of the **global** batch, never a mean of
     means: rows with few targets weigh little. The schedule divides by the number of microbatches and the optimizer
@@ -65,6 +75,8 @@ def run_microbatches(job: Pass, batches: Sequence[Batch], *, backward: bool, mea
         clock.stop()
 
         def loss_function(losses_lbt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            if watch is not None:
+                watch(losses_lbt[0], batch)
             entropy = (losses_lbt[0] * batch.loss_mask_bt).sum()
             objective = (losses_lbt.sum(0) * batch.loss_mask_bt).sum()  # with the z-loss, where it is on
             return objective * scale, {"loss": entropy.detach().clone()}  # the schedule scales the first in place

@@ -1,7 +1,7 @@
 """Tensor-parallel linear maps: enter the parallel region once, project with local shards, leave it once.
 
 Megatron's ColumnParallelLinear gathers its input for itself; a mixer has five to six projections of the same input,
-so the gather (or, without sequence parallelism, the backward all-reduce) stands here once for all of them.
+so the gather (or, without sequence parallelism, the backward all-reduce) stands here once for all of them (`projections.py`).
 
 Shapes: s sequence (the local piece outside the region under sequence parallelism), b batch, h hidden, n local outputs.
 """

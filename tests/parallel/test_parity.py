@@ -192,6 +192,7 @@ def reference(workers: Callable[[int], Workers], started: Callable) -> Callable[
             plain = {field: parallel[field] for field in ("tensor", "context") if parallel.get(field, 1) > 1}
             if "tensor" in plain:
                 plain["sequence"] = parallel.get("sequence", True)
+                plain["overlap"] = parallel.get("overlap", True) and sections.get("optimizer", {}).get("zero_stage") != 3
             if model.get("tie_embeddings") and parallel.get("pipeline", 1) > 1:
                 plain["pipeline"] = 2
         identity = {"model": model, "data": sections.get("data", {}), "window": sections.get("window", {}), "parallel": plain}

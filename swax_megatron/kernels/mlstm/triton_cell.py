@@ -5,12 +5,11 @@ q, k, v, h and their gradients are read and written where they lie, (B, T, H, D)
 States lie as (B*H, C, K, V) in the type of the products, normalisers (B*H, C, K) in float32, pair matrices (B*H, C, LC, LC).
 The weights (row, col, wq, wk, decay) are those of `triton_gates.py`; every accumulator is float32.
 
-Forward:  `chunk_updates` (each chunk's own contribution), `scan_states` (in place: the state before each chunk),
-          `pair_scores` (P), `combine_outputs` (h).
-Backward: `row_terms` (delta, 1/n), `chunk_updates` and `scan_states` again for the gradients of the states, `pair_gradients`
-          (P/n and dS, and the sums the gates need, from unrounded values), `combine_gradients` (dq, dk and dv).
-h, dq, dk and dv are all rowscale * (X @ state + bias * n) + pairs @ Y: one function, `_combine`. All tiles of a chunk are
-neighbours in the grid, so that what they share is read from memory once.
+Forward:  `chunk_updates` (each chunk's own contribution), `scan_states` (in place: the state before each chunk), `outputs` (h, 1/n).
+Backward: `pair_gradients` (delta, P/n and dS, and the sums the gates need, from unrounded values), `chunk_updates` and `scan_states`
+          again for the gradients of the states, `combine_gradients` (dq, dk and dv).
+h, dq, dk and dv are all rowscale * (X @ state + bias * n) + pairs @ Y. All tiles of a chunk are neighbours in the grid, so that what
+they share is read from memory once.
 """
 
 import triton
@@ -19,34 +18,50 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["T", "H", "C"])
 def chunk_updates(
-    x_ptr, y_ptr, w_ptr, wn_ptr, states_ptr, norms_ptr,
+    x_ptr, y_ptr, w_ptr, rn_ptr, delta_ptr, states_ptr, norms_ptr,
     T, H, C, stride_xb, stride_xt, stride_xh, stride_yb, stride_yt, stride_yh,
-    K: tl.constexpr, V: tl.constexpr, LC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, DT: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, LC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr,
+    BACK: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
-    """(w X)' Y and sum(wn X) of one chunk: (k, v) for the states, (q, dh) for their gradients. One program per tile."""
-    tile, c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    """(w X)' Y and sum(w X) of each of GROUP chunks: (k, v) for the states; BACK: (q, dh), w / n and delta w / n for their gradients.
+
+    One loop over all tokens, so that loads go on while a chunk's sum is stored.
+    """
+    tile, first, bh = tl.program_id(0), tl.program_id(1).to(tl.int64) * GROUP, tl.program_id(2).to(tl.int64)
     TV: tl.constexpr = V // BV
+    PARTS: tl.constexpr = LC // BT
     k0, v0 = (tile // TV) * BK, (tile % TV) * BV
     dk, dv, lane = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BT)
-    x_ptr += (bh // H) * stride_xb + (bh % H) * stride_xh + c * LC * stride_xt + k0
-    y_ptr += (bh // H) * stride_yb + (bh % H) * stride_yh + c * LC * stride_yt + v0
-    w_ptr += (bh * C + c) * LC
-    wn_ptr += (bh * C + c) * LC
-    left = (T - c * LC).to(tl.int32)
+    x_ptr += (bh // H) * stride_xb + (bh % H) * stride_xh + first * LC * stride_xt + k0
+    y_ptr += (bh // H) * stride_yb + (bh % H) * stride_yh + first * LC * stride_yt + v0
+    states_ptr += (bh * C + first) * K * V + (k0 + dk)[:, None] * V + (v0 + dv)[None, :]
+    norms_ptr += (bh * C + first) * K + k0 + dk
+    tokens = (bh * C + first) * LC + lane
+    left = (T - first * LC).to(tl.int32)
     update = tl.zeros([BK, BV], tl.float32)
     norm = tl.zeros([BK], tl.float32)
-    for t in range(0, LC, BT):
-        real = t + lane < left
-        w = tl.load(w_ptr + t + lane)
-        x = tl.load(x_ptr + dk[:, None] + (t + lane)[None, :] * stride_xt, mask=real[None, :], other=0.0)
-        y = tl.load(y_ptr + (t + lane)[:, None] * stride_yt + dv[None, :], mask=real[:, None], other=0.0)
+    for i in range(0, tl.minimum(C - first, GROUP).to(tl.int32) * PARTS):
+        t = i * BT + lane
+        real = t < left
+        w = tl.load(w_ptr + tokens + i * BT)
+        if BACK:
+            w *= tl.load(rn_ptr + tokens + i * BT)
+        x = tl.load(x_ptr + dk[:, None] + t[None, :].to(tl.int64) * stride_xt, mask=real[None, :], other=0.0)
+        y = tl.load(y_ptr + t[:, None].to(tl.int64) * stride_yt + dv[None, :], mask=real[:, None], other=0.0)
         update = tl.dot((x.to(tl.float32) * w[None, :]).to(DT), y.to(DT), update, input_precision="ieee")
         if v0 == 0:
-            wn = tl.load(wn_ptr + t + lane)
+            wn = w
+            if BACK:
+                wn = w * tl.load(delta_ptr + tokens + i * BT)
             norm += tl.sum(x.to(tl.float32) * wn[None, :], 1)
-    tl.store(states_ptr + (bh * C + c) * K * V + (k0 + dk)[:, None] * V + (v0 + dv)[None, :], update.to(DT))
-    if v0 == 0:
-        tl.store(norms_ptr + (bh * C + c) * K + k0 + dk, norm)
+        if i % PARTS == PARTS - 1:
+            tl.store(states_ptr, update.to(DT))
+            if v0 == 0:
+                tl.store(norms_ptr, norm)
+            states_ptr += K * V
+            norms_ptr += K
+            update = tl.zeros([BK, BV], tl.float32)
+            norm = tl.zeros([BK], tl.float32)
 
 
 @triton.jit
@@ -126,87 +141,84 @@ def scan_states(
 
 
 @triton.jit(do_not_specialize=["T", "H", "C"])
-def pair_scores(
-    q_ptr, k_ptr, row_ptr, col_ptr, wq_ptr, norms_ptr, start_ptr, p_ptr, den_ptr,
-    T, H, C, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, scale,
-    K: tl.constexpr, LC: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, DOCUMENTS: tl.constexpr, DT: tl.constexpr,
+def outputs(
+    q_ptr, k_ptr, v_ptr, states_ptr, norms_ptr, row_ptr, col_ptr, mt_ptr, wq_ptr, start_ptr, h_ptr, rn_ptr, side_ptr,
+    T, H, C, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, scale, eps,
+    K: tl.constexpr, V: tl.constexpr, LC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    DOCUMENTS: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
-    """One BT x BT block of P, and its share of the denominator (the incoming state's goes with the first key block)."""
-    pair, c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    ti, si = (pair > 0).to(tl.int32), (pair > 1).to(tl.int32)  # pairs (0,0), (1,0), (1,1)
-    batch, head = bh // H, bh % H
-    lane, dd = tl.arange(0, BT), tl.arange(0, BD)
-    t0, s0 = c * LC + ti * BT, c * LC + si * BT
-    t_real, s_real = lane < T - t0, lane < T - s0
-    q_ptr += batch * stride_qb + head * stride_qh + t0 * stride_qt
-    k_ptr += batch * stride_kb + head * stride_kh + s0 * stride_kt
-    norms_ptr += (bh * C + c) * K
-    scores = tl.zeros([BT, BT], tl.float32)
-    read = tl.zeros([BT], tl.float32)
-    for d in range(0, K, BD):
-        q = tl.load(q_ptr + lane[:, None] * stride_qt + (d + dd)[None, :], mask=t_real[:, None], other=0.0)
-        k = tl.load(k_ptr + lane[None, :] * stride_kt + (d + dd)[:, None], mask=s_real[None, :], other=0.0)
-        scores = tl.dot(q.to(DT), k.to(DT), scores, input_precision="ieee")
-    if si == 0:
-        for d in range(0, K, BD):  # not in the loop above: there it raced with the asynchronous product (Triton 3.6, Hopper)
-            q = tl.load(q_ptr + lane[:, None] * stride_qt + (d + dd)[None, :], mask=t_real[:, None], other=0.0)
-            read += tl.sum(q.to(tl.float32) * tl.load(norms_ptr + d + dd)[None, :], 1)
-    base = bh * C * LC
-    t, s = t0 + lane, s0 + lane
-    visible = t[:, None] >= s[None, :]
-    if DOCUMENTS:
-        visible = visible & (tl.load(start_ptr + batch * T + t, mask=t_real, other=0)[:, None] <= s[None, :])
-    logs = tl.where(visible, tl.load(row_ptr + base + t)[:, None] + tl.load(col_ptr + base + s)[None, :], -1e30)
-    p = scores * scale * tl.exp(logs)
-    inside = (bh * C + c) * LC * LC + (ti * BT + lane)[:, None] * LC + (si * BT + lane)[None, :]
-    tl.store(p_ptr + inside, p.to(DT))
-    BLOCKS: tl.constexpr = LC // BT
-    tl.store(den_ptr + (bh * BLOCKS + si) * C * LC + t, tl.sum(p, 1) + read * tl.load(wq_ptr + base + t))
-
-
-@triton.jit(do_not_specialize=["T", "H", "C"])
-def row_terms(
-    dh_ptr, h_ptr, dot_ptr, den_ptr, mt_ptr, wq_ptr, rn_ptr, delta_ptr, wd_ptr, wdd_ptr,
-    T, H, C, stride_gb, stride_gt, stride_gh, eps,
-    V: tl.constexpr, LC: tl.constexpr, BT: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
-    """Per token: 1/n, delta = -<dh, h> sign(den) where |den| is the denominator, and both times the weight of the state."""
-    t0, bh = tl.program_id(0).to(tl.int64) * BT, tl.program_id(1).to(tl.int64)
-    batch, head = bh // H, bh % H
-    rows, dv = tl.arange(0, BT), tl.arange(0, V)
+    """h for BM tokens and BN features; 1/n, and the sign of the denominator where it is what n is (else 0: n is its floor)."""
+    pid, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    TN: tl.constexpr = V // BN
+    t0, n0 = (pid // TN).to(tl.int64) * BM, (pid % TN) * BN
+    batch, head, c = bh // H, bh % H, t0 // LC
+    inner = (t0 - c * LC).to(tl.int32)
+    rows, cols, dn, dd, dk = tl.arange(0, BM), tl.arange(0, BS), tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, K)
     real = rows < T - t0
-    token = (batch * T + t0 + rows) * H + head
-    if DOT:
-        dot = tl.load(dot_ptr + token, mask=real, other=0.0)
-    else:
-        dh_at = batch * stride_gb + (t0 + rows)[:, None] * stride_gt + head * stride_gh + dv[None, :]
-        dh = tl.load(dh_ptr + dh_at, mask=real[:, None], other=0.0).to(tl.float32)
-        h = tl.load(h_ptr + token[:, None] * V + dv[None, :], mask=real[:, None], other=0.0).to(tl.float32)
-        dot = tl.sum(dh * h, 1)
+    left = (T - c * LC).to(tl.int32)
     at = bh * C * LC + t0 + rows
-    den, floor = tl.load(den_ptr + at), tl.exp(-tl.load(mt_ptr + at))
-    rn = tl.where(real, 1.0 / (tl.maximum(tl.abs(den), floor) + eps), 0.0)
-    delta = tl.where(real & (tl.abs(den) > floor), tl.where(den > 0, -dot, dot), 0.0)
-    wd = tl.where(real, tl.load(wq_ptr + at) * rn, 0.0)
-    tl.store(rn_ptr + at, rn)
-    tl.store(delta_ptr + at, delta)
-    tl.store(wd_ptr + at, wd)
-    tl.store(wdd_ptr + at, wd * delta)
+    q_ptr += batch * stride_qb + head * stride_qh + t0 * stride_qt
+    k_ptr += batch * stride_kb + head * stride_kh + c * LC * stride_kt
+    v_ptr += batch * stride_vb + head * stride_vh + c * LC * stride_vt + n0
+    states_ptr += (bh * C + c) * K * V + n0
+    norms_ptr += (bh * C + c) * K
+
+    all_q = tl.load(q_ptr + rows[:, None] * stride_qt + dk[None, :], mask=real[:, None], other=0.0)
+    den = tl.sum(all_q.to(tl.float32) * tl.load(norms_ptr + dk)[None, :], 1)
+    acc = tl.zeros([BM, BN], tl.float32)
+    for d in range(0, K, BD):
+        q = tl.load(q_ptr + rows[:, None] * stride_qt + (d + dd)[None, :], mask=real[:, None], other=0.0)
+        state = tl.load(states_ptr + (d + dd)[:, None] * V + dn[None, :])
+        acc = tl.dot(q.to(DT), state, acc, input_precision="ieee")
+    wq = tl.load(wq_ptr + at)
+    acc, den = acc * wq[:, None], den * wq
+
+    row = tl.load(row_ptr + at)
+    if DOCUMENTS:
+        start = tl.load(start_ptr + batch * T + t0 + rows, mask=real, other=0) - (c * LC).to(tl.int32)
+    all_q = all_q.to(DT)
+    for s0 in range(0, inner + BM, BS):
+        s = s0 + cols
+        k = tl.load(k_ptr + s[None, :] * stride_kt + dk[:, None], mask=(s < left)[None, :], other=0.0)
+        scores = tl.dot(all_q, k.to(DT), input_precision="ieee")
+        visible = (inner + rows)[:, None] >= s[None, :]
+        if DOCUMENTS:
+            visible = visible & (start[:, None] <= s[None, :])
+        col = tl.load(col_ptr + bh * C * LC + c * LC + s)
+        p = scores * tl.exp(tl.where(visible, row[:, None] + col[None, :], -1e30)) * scale
+        den += tl.sum(p, 1)
+        v = tl.load(v_ptr + s[:, None] * stride_vt + dn[None, :], mask=(s < left)[:, None], other=0.0)
+        acc = tl.dot(p.to(DT), v.to(DT), acc, input_precision="ieee")
+
+    floor = tl.exp(-tl.load(mt_ptr + at))
+    rn = 1.0 / (tl.maximum(tl.abs(den), floor) + eps)
+    out = ((batch * T + t0 + rows) * H + head)[:, None] * V + (n0 + dn)[None, :]
+    tl.store(h_ptr + out, (acc * rn[:, None]).to(h_ptr.dtype.element_ty), mask=real[:, None])
+    if n0 == 0:
+        side = tl.where(den > 0, 1.0, -1.0)
+        tl.store(rn_ptr + at, tl.where(real, rn, 0.0))
+        tl.store(side_ptr + at, tl.where(real & (tl.abs(den) > floor), side, 0.0))
 
 
 @triton.jit(do_not_specialize=["T", "H", "C"])
 def pair_gradients(
-    q_ptr, k_ptr, v_ptr, dh_ptr, row_ptr, col_ptr, rn_ptr, delta_ptr, start_ptr,
-    p_ptr, ds_ptr, row_sum_ptr, col_sum_ptr, diagonal_ptr,
+    q_ptr, k_ptr, v_ptr, dh_ptr, h_ptr, dot_ptr, row_ptr, col_ptr, rn_ptr, side_ptr, start_ptr,
+    p_ptr, ds_ptr, delta_ptr, row_sum_ptr, col_sum_ptr, diagonal_ptr,
     T, H, C, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh, stride_gb, stride_gt, stride_gh, scale,
     K: tl.constexpr, V: tl.constexpr, LC: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
-    DOCUMENTS: tl.constexpr, DT: tl.constexpr,
+    INLINE: tl.constexpr, DOT: tl.constexpr, KEEP: tl.constexpr, DOCUMENTS: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
-    """One BT x BT block of a chunk's pairs: P/n and dS (stored as products will read them), and the sums of W = dS * S."""
+    """One BT x BT block of a chunk's pairs: dS and (KEEP) P/n, stored as products will read them, and the sums of W = dS * S.
+
+    Also delta = -<dh, h> sign of the denominator, with <dh, h> given (DOT) or summed here.
+    """
     pair, c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    BLOCKS: tl.constexpr = LC // BT  # 1 or 2: pairs (0,0), (1,0), (1,1)
-    ti, si = (pair > 0).to(tl.int32), (pair > 1).to(tl.int32)
+    BLOCKS: tl.constexpr = LC // BT
+    ti = 0
+    for i in tl.static_range(1, BLOCKS):  # pairs (0,0), (1,0), (1,1), (2,0), ...
+        ti += (pair >= i * (i + 1) // 2).to(tl.int32)
+    si = pair - ti * (ti + 1) // 2
     batch, head = bh // H, bh % H
     lane, dd = tl.arange(0, BT), tl.arange(0, BD)
     t0, s0 = c * LC + ti * BT, c * LC + si * BT
@@ -221,16 +233,29 @@ def pair_gradients(
         q = tl.load(q_ptr + lane[:, None] * stride_qt + (d + dd)[None, :], mask=t_real[:, None], other=0.0)
         k = tl.load(k_ptr + lane[None, :] * stride_kt + (d + dd)[:, None], mask=s_real[None, :], other=0.0)
         scores = tl.dot(q.to(DT), k.to(DT), scores, input_precision="ieee")
-    dp = tl.zeros([BT, BT], tl.float32)
+    token = (batch * T + t0 + lane) * H + head
+    dp, dot = tl.zeros([BT, BT], tl.float32), tl.zeros([BT], tl.float32)
     for d in range(0, V, BD):
         g = tl.load(g_ptr + lane[:, None] * stride_gt + (d + dd)[None, :], mask=t_real[:, None], other=0.0)
         v = tl.load(v_ptr + lane[None, :] * stride_vt + (d + dd)[:, None], mask=s_real[None, :], other=0.0)
+        if INLINE and not DOT:
+            h = tl.load(h_ptr + token[:, None] * V + (d + dd)[None, :], mask=t_real[:, None], other=0.0)
+            dot += tl.sum(g.to(tl.float32) * h.to(tl.float32), 1)
         dp = tl.dot(g.to(DT), v.to(DT), dp, input_precision="ieee")
+    if DOT:
+        dot = tl.load(dot_ptr + token, mask=t_real, other=0.0)
+    elif not INLINE:
+        for d in range(0, V, BD):
+            g = tl.load(g_ptr + lane[:, None] * stride_gt + (d + dd)[None, :], mask=t_real[:, None], other=0.0)
+            h = tl.load(h_ptr + token[:, None] * V + (d + dd)[None, :], mask=t_real[:, None], other=0.0)
+            dot += tl.sum(g.to(tl.float32) * h.to(tl.float32), 1)
 
     base = bh * C * LC
-    row, rn, delta = (tl.load(row_ptr + base + t0 + lane), tl.load(rn_ptr + base + t0 + lane), tl.load(delta_ptr + base + t0 + lane))
-    col = tl.load(col_ptr + base + s0 + lane)
     t, s = t0 + lane, s0 + lane
+    row, rn, col = tl.load(row_ptr + base + t), tl.load(rn_ptr + base + t), tl.load(col_ptr + base + s)
+    delta = -dot * tl.load(side_ptr + base + t)
+    if si == 0:
+        tl.store(delta_ptr + base + t, delta)
     visible = (t[:, None] >= s[None, :]) & t_real[:, None]
     if DOCUMENTS:
         start_t = tl.load(start_ptr + batch * T + t, mask=t_real, other=0)
@@ -238,24 +263,31 @@ def pair_gradients(
     weight = tl.exp(tl.where(visible, row[:, None] + col[None, :], -1e30)) * (rn * scale)[:, None]
     ds = (dp + delta[:, None]) * weight
     inside = (bh * C + c) * LC * LC + (ti * BT + lane)[:, None] * LC + (si * BT + lane)[None, :]
-    tl.store(p_ptr + inside, (scores * weight).to(DT))
+    if KEEP:
+        tl.store(p_ptr + inside, (scores * weight).to(DT))
     tl.store(ds_ptr + inside, ds.to(DT))
     w = ds * scores
     strict = tl.where(t[:, None] > s[None, :], w, 0.0)
     tl.store(row_sum_ptr + (bh * BLOCKS + si) * C * LC + t, tl.sum(strict, 1))
     tl.store(col_sum_ptr + (bh * BLOCKS + ti) * C * LC + s, tl.sum(strict, 0))
+    if BT < 128:
+        if (si == ti - 1) & (ti % 2 == 1):  # `_combine` reads squares of two blocks on the diagonal whole
+            above = (bh * C + c) * LC * LC + (si * BT + lane)[:, None] * LC + (ti * BT + lane)[None, :]
+            tl.store(ds_ptr + above, tl.zeros([BT, BT], DT))
+            if KEEP:
+                tl.store(p_ptr + above, tl.zeros([BT, BT], DT))
     if ti == si:
         tl.store(diagonal_ptr + base + t, tl.sum(tl.where(t[:, None] == s[None, :], w, 0.0), 1))
 
 
 @triton.jit
 def _combine(
-    block, bh, n0, x_ptr, y_ptr, z_ptr, pairs_ptr, states_ptr, norms_ptr, scale_ptr, bias_ptr, sum_ptr,
+    block, bh, n0, x_ptr, y_ptr, z_ptr, pairs_ptr, states_ptr, norms_ptr, weight, bias, sum_ptr,
     T, H, C, stride_xb, stride_xt, stride_xh, stride_yb, stride_yt, stride_yh, stride_zb, stride_zt, stride_zh,
     D: tl.constexpr, N: tl.constexpr, LC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
     BY_VALUE: tl.constexpr, KEYS: tl.constexpr, SUMS: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
-    """rowscale * (X @ state) + bias * n + pairs @ Y for BM tokens and BN of N features; X has D features.
+    """weight * (X @ state) + bias * n + pairs @ Y for BM tokens and BN of N features; X has D features.
 
     BY_VALUE: X meets the state's value side. KEYS: the rows are keys; the pair matrix is read transposed and its later queries are
     gathered. SUMS: with the bias, and <Z, the state's share> of every row goes to sum_ptr.
@@ -279,9 +311,9 @@ def _combine(
         else:
             state = tl.load(states_ptr + (d + dd)[:, None] * N + (n0 + dn)[None, :])
         acc = tl.dot(x.to(DT), state, acc, input_precision="ieee")
-    acc = acc * tl.load(scale_ptr + at)[:, None]
+    acc = acc * weight[:, None]
     if SUMS:
-        acc += tl.load(bias_ptr + at)[:, None] * tl.load(norms_ptr + (bh * C + c) * N + n0 + dn)[None, :]
+        acc += bias[:, None] * tl.load(norms_ptr + (bh * C + c) * N + n0 + dn)[None, :]
         z_at = batch * stride_zb + head * stride_zh + (t0 + rows)[:, None] * stride_zt + (n0 + dn)[None, :]
         z = tl.load(z_ptr + z_at, mask=real[:, None], other=0.0).to(tl.float32)
         tl.store(sum_ptr + at, tl.sum(acc * z, 1))
@@ -302,6 +334,49 @@ def _combine(
 
 
 @triton.jit
+def _value_gradients(
+    block, bh, n0, q_ptr, k_ptr, dh_ptr, d_states_ptr, row_ptr, col_ptr, rn_ptr, wk_ptr, start_ptr,
+    T, H, C, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_gb, stride_gt, stride_gh, scale,
+    K: tl.constexpr, V: tl.constexpr, LC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    DOCUMENTS: tl.constexpr, DT: tl.constexpr,
+):  # fmt: skip
+    """dv of BM keys and BN features: wk * (k @ dC) + (P / n)' dh, P computed here."""
+    batch, head = bh // H, bh % H
+    s0 = block.to(tl.int64) * BM
+    c = s0 // LC
+    inner = (s0 - c * LC).to(tl.int32)
+    rows, cols, dn, dd, dk = tl.arange(0, BM), tl.arange(0, BS), tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, K)
+    real = rows < T - s0
+    left = (T - c * LC).to(tl.int32)
+    base = bh * C * LC + c * LC
+    k_ptr += batch * stride_kb + head * stride_kh + s0 * stride_kt
+    q_ptr += batch * stride_qb + head * stride_qh + c * LC * stride_qt
+    dh_ptr += batch * stride_gb + head * stride_gh + c * LC * stride_gt + n0
+    d_states_ptr += (bh * C + c) * K * V + n0
+    acc = tl.zeros([BM, BN], tl.float32)
+    for d in range(0, K, BD):
+        k = tl.load(k_ptr + rows[:, None] * stride_kt + (d + dd)[None, :], mask=real[:, None], other=0.0)
+        state = tl.load(d_states_ptr + (d + dd)[:, None] * V + dn[None, :])
+        acc = tl.dot(k.to(DT), state, acc, input_precision="ieee")
+    acc = acc * tl.load(wk_ptr + base + inner + rows)[:, None]
+    col = tl.load(col_ptr + base + inner + rows)
+    k = tl.load(k_ptr + rows[:, None] * stride_kt + dk[None, :], mask=real[:, None], other=0.0).to(DT)
+    for t0 in range(inner, LC, BS):
+        t = t0 + cols
+        q = tl.load(q_ptr + t[None, :] * stride_qt + dk[:, None], mask=(t < left)[None, :], other=0.0)
+        scores = tl.dot(k, q.to(DT), input_precision="ieee")
+        visible = ((inner + rows)[:, None] <= t[None, :]) & (t < left)[None, :]
+        if DOCUMENTS:
+            start = tl.load(start_ptr + batch * T + c * LC + t, mask=t < left, other=0) - (c * LC).to(tl.int32)
+            visible = visible & (start[None, :] <= (inner + rows)[:, None])
+        row, rn = tl.load(row_ptr + base + t), tl.load(rn_ptr + base + t)
+        p = scores * tl.exp(tl.where(visible, col[:, None] + row[None, :], -1e30)) * (rn * scale)[None, :]
+        g = tl.load(dh_ptr + t[:, None] * stride_gt + dn[None, :], mask=(t < left)[:, None], other=0.0)
+        acc = tl.dot(p.to(DT), g.to(DT), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
 def _store(out_ptr, acc, block, bh, n0, T, H, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """Rows of (B, T, H, N)."""
     t = block.to(tl.int64) * BM + tl.arange(0, BM)
@@ -310,65 +385,50 @@ def _store(out_ptr, acc, block, bh, n0, T, H, N: tl.constexpr, BM: tl.constexpr,
 
 
 @triton.jit(do_not_specialize=["T", "H", "C"])
-def combine_outputs(
-    q_ptr, v_ptr, p_ptr, states_ptr, wq_ptr, den_parts_ptr, mt_ptr, h_ptr, den_ptr,
-    T, H, C, stride_qb, stride_qt, stride_qh, stride_vb, stride_vt, stride_vh, eps,
-    K: tl.constexpr, V: tl.constexpr, LC: tl.constexpr, BLOCKS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, DT: tl.constexpr,
-):  # fmt: skip
-    """h for BM tokens and BN features, and the denominators."""
-    pid, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    TN: tl.constexpr = V // BN
-    block, n0 = pid // TN, (pid % TN) * BN
-    acc = _combine(
-        block, bh, n0, q_ptr, v_ptr, q_ptr, p_ptr, states_ptr, wq_ptr, wq_ptr, wq_ptr, wq_ptr,
-        T, H, C, stride_qb, stride_qt, stride_qh, stride_vb, stride_vt, stride_vh, stride_qb, stride_qt, stride_qh,
-        K, V, LC, BM, BN, BS, BD, False, False, False, DT,
-    )  # fmt: skip
-    t = block.to(tl.int64) * BM + tl.arange(0, BM)
-    at = bh * C * LC + t
-    den = tl.load(den_parts_ptr + bh * BLOCKS * C * LC + t)
-    if BLOCKS == 2:  # rows of the second block have a second share
-        den += tl.load(den_parts_ptr + (bh * BLOCKS + 1) * C * LC + t, mask=t % LC >= LC // 2, other=0.0)
-    n = tl.maximum(tl.abs(den), tl.exp(-tl.load(mt_ptr + at))) + eps
-    _store(h_ptr, acc / n[:, None], block, bh, n0, T, H, V, BM, BN)
-    if n0 == 0:
-        tl.store(den_ptr + at, den)
-
-
-@triton.jit(do_not_specialize=["T", "H", "C"])
 def combine_gradients(
-    q_ptr, k_ptr, v_ptr, dh_ptr, p_ptr, ds_ptr, states_ptr, norms_ptr, d_states_ptr, d_norms_ptr, wd_ptr, wdd_ptr, wk_ptr,
-    dq_ptr, dk_ptr, dv_ptr, rq_ptr, rk_ptr,
+    q_ptr, k_ptr, v_ptr, dh_ptr, p_ptr, ds_ptr, states_ptr, norms_ptr, d_states_ptr, d_norms_ptr, wq_ptr, rn_ptr, delta_ptr, wk_ptr,
+    row_ptr, col_ptr, start_ptr, dq_ptr, dk_ptr, dv_ptr, rq_ptr, rk_ptr,
     T, H, C, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
-    stride_vb, stride_vt, stride_vh, stride_gb, stride_gt, stride_gh,
+    stride_vb, stride_vt, stride_vh, stride_gb, stride_gt, stride_gh, scale,
     K: tl.constexpr, V: tl.constexpr, LC: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, DT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    KEEP: tl.constexpr, DOCUMENTS: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     """One tile of dq, dk (all K features, with the gates' row sums) or dv (BN of V features) for BM tokens."""
     pid, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     TASKS: tl.constexpr = 2 + V // BN
     block, task = pid // TASKS, pid % TASKS
     zero = task * 0
+    at = bh * C * LC + block.to(tl.int64) * BM + tl.arange(0, BM)
     if task == 0:
+        weight = tl.load(wq_ptr + at) * tl.load(rn_ptr + at)
         dq = _combine(
-            block, bh, zero, dh_ptr, k_ptr, q_ptr, ds_ptr, states_ptr, norms_ptr, wd_ptr, wdd_ptr, rq_ptr,
+            block, bh, zero, dh_ptr, k_ptr, q_ptr, ds_ptr, states_ptr, norms_ptr, weight, weight * tl.load(delta_ptr + at), rq_ptr,
             T, H, C, stride_gb, stride_gt, stride_gh, stride_kb, stride_kt, stride_kh, stride_qb, stride_qt, stride_qh,
             V, K, LC, BM, K, BS, BD, True, False, True, DT,
         )  # fmt: skip
         _store(dq_ptr, dq, block, bh, zero, T, H, K, BM, K)
     elif task == 1:
+        weight = tl.load(wk_ptr + at)
         dk = _combine(
-            block, bh, zero, v_ptr, q_ptr, k_ptr, ds_ptr, d_states_ptr, d_norms_ptr, wk_ptr, wk_ptr, rk_ptr,
+            block, bh, zero, v_ptr, q_ptr, k_ptr, ds_ptr, d_states_ptr, d_norms_ptr, weight, weight, rk_ptr,
             T, H, C, stride_vb, stride_vt, stride_vh, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
             V, K, LC, BM, K, BS, BD, True, True, True, DT,
         )  # fmt: skip
         _store(dk_ptr, dk, block, bh, zero, T, H, K, BM, K)
     else:
         n0 = (task - 2) * BN
-        dv = _combine(
-            block, bh, n0, k_ptr, dh_ptr, k_ptr, p_ptr, d_states_ptr, d_norms_ptr, wk_ptr, wk_ptr, rk_ptr,
-            T, H, C, stride_kb, stride_kt, stride_kh, stride_gb, stride_gt, stride_gh, stride_kb, stride_kt, stride_kh,
-            K, V, LC, BM, BN, BS, BD, False, True, False, DT,
-        )  # fmt: skip
+        if KEEP:
+            weight = tl.load(wk_ptr + at)
+            dv = _combine(
+                block, bh, n0, k_ptr, dh_ptr, k_ptr, p_ptr, d_states_ptr, d_norms_ptr, weight, weight, rk_ptr,
+                T, H, C, stride_kb, stride_kt, stride_kh, stride_gb, stride_gt, stride_gh, stride_kb, stride_kt, stride_kh,
+                K, V, LC, BM, BN, BS, BD, False, True, False, DT,
+            )  # fmt: skip
+        else:
+            dv = _value_gradients(
+                block, bh, n0, q_ptr, k_ptr, dh_ptr, d_states_ptr, row_ptr, col_ptr, rn_ptr, wk_ptr, start_ptr,
+                T, H, C, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_gb, stride_gt, stride_gh, scale,
+                K, V, LC, BM, BN, BS, BD, DOCUMENTS, DT,
+            )  # fmt: skip
         _store(dv_ptr, dv, block, bh, n0, T, H, V, BM, BN)

@@ -17,7 +17,6 @@ from swax_megatron.model.layers.mixer import Mixer, split_heads
 from swax_megatron.model.linear import ColumnLinear, RowLinear, new_parameter
 from swax_megatron.model.norm import HeadNorm
 from swax_megatron.model.parameters import declare
-from swax_megatron.model.projections import project
 from swax_megatron.model.transformer_config import SwaxTransformerConfig
 from swax_megatron.parallel.context import SequenceContext
 from swax_megatron.parallel.context_exchange.memory import incoming_memory
@@ -56,9 +55,12 @@ class MlstmMixer(Mixer):
         self.head_norm = HeadNorm(config, values)
         self.out_proj = RowLinear(config, values, config.hidden_size)
 
-    def project(self, x_sbh: Tensor) -> tuple[Tensor, ...]:
+    def columns(self) -> tuple[ColumnLinear, ...]:
+        return self.q_proj, self.k_proj, self.v_proj, self.ogate_proj
+
+    def project(self, x_sbh: Tensor, projected: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        q_sbn, k_sbn, v_sbn, ogate_sbn = projected
         igate_sbh, fgate_sbh = self.gates(x_sbh)
-        q_sbn, k_sbn, v_sbn, ogate_sbn = project(x_sbh, self.q_proj, self.k_proj, self.v_proj, self.ogate_proj)
         return (
             split_heads(q_sbn, self.qk_dim),
             split_heads(k_sbn, self.qk_dim),
@@ -69,8 +71,7 @@ class MlstmMixer(Mixer):
         )
 
     def borrowed(self) -> Iterator[nn.Parameter]:
-        yield from (layer.weight for layer in (self.q_proj, self.k_proj, self.v_proj, self.ogate_proj))
-        yield from (*self.igate_proj.parameters(), *self.fgate_proj.parameters())
+        yield from (*super().borrowed(), *self.igate_proj.parameters(), *self.fgate_proj.parameters())
 
     def gates(self, x_sbh: Tensor) -> tuple[Tensor, Tensor]:
         """Both gates, (s, b, H) fp32; one kernel reads x once for both."""

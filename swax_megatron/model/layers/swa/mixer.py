@@ -5,15 +5,12 @@ Legend: s = T sequence, b batch, h heads of this rank, d head size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from torch import Tensor, nn
+from torch import Tensor
 
 from swax_megatron.kernels.elementwise import rotary
 from swax_megatron.kernels.swa import swa
 from swax_megatron.model.layers.mixer import Mixer, split_heads
 from swax_megatron.model.linear import ColumnLinear, RowLinear
-from swax_megatron.model.projections import project
 from swax_megatron.model.transformer_config import SwaxTransformerConfig
 from swax_megatron.parallel.context import SequenceContext
 from swax_megatron.parallel.context_exchange.halo import with_past
@@ -36,11 +33,11 @@ class AttentionMixer(Mixer):
         self.v_proj = ColumnLinear(config, config.hidden_size, keys)
         self.out_proj = RowLinear(config, queries, config.hidden_size)
 
-    def project(self, x_sbh: Tensor) -> tuple[Tensor, ...]:
-        return tuple(split_heads(x_sbn, self.head_dim) for x_sbn in project(x_sbh, self.q_proj, self.k_proj, self.v_proj))
+    def columns(self) -> tuple[ColumnLinear, ...]:
+        return self.q_proj, self.k_proj, self.v_proj
 
-    def borrowed(self) -> Iterator[nn.Parameter]:
-        yield from (layer.weight for layer in (self.q_proj, self.k_proj, self.v_proj))
+    def project(self, x_sbh: Tensor, projected: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(split_heads(each_sbn, self.head_dim) for each_sbn in projected)
 
     def core(self, context: SequenceContext, *inputs: Tensor) -> Tensor:
         q_bthd, k_bthd, v_bthd = inputs
