@@ -1,0 +1,272 @@
+"""The mLSTM's Triton kernels under autograd: as operators `swaxold::mlstm*` for tracing, as Functions in eager mode.
+
+Both do the same; a registered operator costs some 0.3 ms of Python a call more, as much as the kernels of a small layer.
+
+Importing this module needs Triton; the dispatch in `__init__.py` imports it only for tensors it is meant for.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import triton_launch as launch
+from .state import MlstmState
+from .triton_step import decode_step
+
+SHAPES = tuple(launch.CONFIGS)  # (d_qk, d_v) with a tested configuration
+
+
+def _no_cap(gate_cap: float | None) -> float:
+    return -1.0 if gate_cap is None else float(gate_cap)
+
+
+def _config(q: Tensor, v: Tensor) -> launch.Config:
+    return launch.CONFIGS[q.shape[-1], v.shape[-1]]
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    igate: Tensor,
+    fgate: Tensor,
+    start: Tensor | None,
+    c0: Tensor | None,
+    n0: Tensor | None,
+    m0: Tensor | None,
+    want_state: bool,
+    gate_cap: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """h, final C, n, m (empty unless wanted), and what the backward pass saves (`launch.Saved`)."""
+    *result, saved = launch.forward(q, k, v, igate, fgate, start, c0, n0, m0, want_state, gate_cap, eps, _config(q, v))
+    return (*result, *saved)
+
+
+mlstm_op = torch.library.custom_op("swaxold::mlstm", _forward, mutates_args=())
+
+
+@mlstm_op.register_fake
+def _(q, k, v, igate, fgate, start, c0, n0, m0, want_state, gate_cap, eps):
+    batch, length, heads, d_qk = q.shape
+    d_v, lc = v.shape[-1], _config(q, v).chunk
+    chunks, bh = (length + lc - 1) // lc, batch * heads
+
+    def empty(*shape, dtype=torch.float32):
+        return q.new_empty(shape, dtype=dtype)
+
+    end = (empty(batch, heads, d_qk, d_v), empty(batch, heads, d_qk), empty(batch, heads)) if want_state else (empty(0), empty(0), empty(0))
+    product = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
+    saved = empty(6, bh, chunks * lc), empty(bh, chunks), empty(bh, chunks, d_qk, d_v, dtype=product), empty(bh, chunks, d_qk)
+    return empty(batch, length, heads, d_v, dtype=v.dtype), *end, *saved
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    igate: Tensor,
+    fgate: Tensor,
+    start: Tensor | None,
+    h: Tensor,
+    dh: Tensor,
+    dot: Tensor | None,
+    dc_end: Tensor | None,
+    dn_end: Tensor | None,
+    tokens: Tensor,
+    decay: Tensor,
+    states: Tensor,
+    norms: Tensor,
+    want_initial: bool,
+    gate_cap: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, igate, fgate and of the initial C and n (empty unless wanted). dot: <dh, h> if known."""
+    saved = launch.Saved(tokens, decay, states, norms)
+    return launch.backward(q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, saved, want_initial, gate_cap, eps, _config(q, v))
+
+
+mlstm_backward_op = torch.library.custom_op("swaxold::mlstm_backward", _backward, mutates_args=())
+
+
+@mlstm_backward_op.register_fake
+def _(q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, tokens, decay, states, norms, want_initial, gate_cap, eps):
+    batch, _, heads, d_qk = q.shape
+    gates = [q.new_empty(igate.shape, dtype=torch.float32) for _ in range(2)]
+    initial = ((batch, heads, d_qk, v.shape[-1]), (batch, heads, d_qk)) if want_initial else ((0,), (0,))
+    return *(x.new_empty(x.shape) for x in (q, k, v)), *gates, *(q.new_empty(s, dtype=torch.float32) for s in initial)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, igate, fgate, start, c0, _, _, want_state, ctx.gate_cap, ctx.eps = inputs
+    ctx.save_for_backward(q, k, v, igate, fgate, start, output[0], *output[4:])
+    ctx.want_state, ctx.want_initial = want_state, c0 is not None
+    ctx.set_materialize_grads(False)  # or every saved tensor would get a gradient of zeros
+
+
+def _differentiate(run, ctx, dh, dc_end, dn_end):
+    q, k, v, igate, fgate, start, h, tokens, decay, states, norms = ctx.saved_tensors
+    if dh is None:
+        dh = torch.zeros_like(h)
+    if ctx.want_state and (dc_end is not None or dn_end is not None):
+        batch, _, heads, d_qk = q.shape
+        dc_end = q.new_zeros(batch, heads, d_qk, v.shape[-1], dtype=torch.float32) if dc_end is None else dc_end.contiguous()
+        dn_end = q.new_zeros(batch, heads, d_qk, dtype=torch.float32) if dn_end is None else dn_end.contiguous()
+    else:
+        dc_end = dn_end = None
+    gradients = run(
+        q, k, v, igate, fgate, start, h, dh, None, dc_end, dn_end, tokens, decay, states, norms, ctx.want_initial, ctx.gate_cap, ctx.eps
+    )
+    initial = gradients[5:] if ctx.want_initial else (None, None)
+    return *gradients[:5], None, *initial, None, None, None, None
+
+
+mlstm_op.register_autograd(lambda ctx, dh, dc, dn, *_: _differentiate(mlstm_backward_op, ctx, dh, dc, dn), setup_context=_save)
+
+
+class _Mlstm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        h, c, n, m = output[:4]
+        ctx.mark_non_differentiable(*((m,) if ctx.want_state else (c, n, m)))
+        return h, c, n, m
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh, dc_end, dn_end, _):
+        return _differentiate(_backward, ctx, dh, dc_end, dn_end)
+
+
+def _fused_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    igate: Tensor,
+    fgate: Tensor,
+    ogate: Tensor,
+    norm_weight: Tensor,
+    start: Tensor | None,
+    c0: Tensor | None,
+    n0: Tensor | None,
+    m0: Tensor | None,
+    gate_cap: float,
+    eps: float,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y (the gated, normed h), and h with what the cell's backward pass saves."""
+    h, _, _, _, saved = launch.forward(q, k, v, igate, fgate, start, c0, n0, m0, False, gate_cap, eps, _config(q, v))
+    return launch.norm_gate_forward(h, ogate, norm_weight, norm_eps), h, *saved
+
+
+mlstm_fused_op = torch.library.custom_op("swaxold::mlstm_fused", _fused_forward, mutates_args=())
+
+
+@mlstm_fused_op.register_fake
+def _(q, k, v, igate, fgate, ogate, norm_weight, start, c0, n0, m0, gate_cap, eps, norm_eps):
+    batch, length, heads, d_qk = q.shape
+    d_v, lc = v.shape[-1], _config(q, v).chunk
+    chunks, bh = (length + lc - 1) // lc, batch * heads
+    product = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
+    tokens, decay, norms = (q.new_empty(s, dtype=torch.float32) for s in ((6, bh, chunks * lc), (bh, chunks), (bh, chunks, d_qk)))
+    y = torch.empty_like(launch.rows(ogate))
+    return y, v.new_empty(v.shape), tokens, decay, q.new_empty(bh, chunks, d_qk, d_v, dtype=product), norms
+
+
+def _norm_gate_backward(
+    dy: Tensor, h: Tensor, ogate: Tensor, norm_weight: Tensor, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dh, dogate, dweight, and <dh, h> for the cell's backward pass."""
+    return launch.norm_gate_backward(dy, h, ogate, norm_weight, norm_eps)
+
+
+norm_gate_backward_op = torch.library.custom_op("swaxold::norm_gate_backward", _norm_gate_backward, mutates_args=())
+
+
+@norm_gate_backward_op.register_fake
+def _(dy, h, ogate, norm_weight, norm_eps):
+    dot = h.new_empty(h.shape[:3], dtype=torch.float32)
+    return h.new_empty(h.shape), torch.empty_like(launch.rows(ogate)), norm_weight.new_empty(norm_weight.shape), dot
+
+
+def _save_fused(ctx, inputs, output) -> None:
+    q, k, v, igate, fgate, ogate, norm_weight, start, c0, _, _, ctx.gate_cap, ctx.eps, ctx.norm_eps = inputs
+    ctx.save_for_backward(q, k, v, igate, fgate, ogate, norm_weight, start, *output[1:])
+    ctx.want_initial = c0 is not None
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_fused(run_norm, run, ctx, dy):
+    q, k, v, igate, fgate, ogate, norm_weight, start, h, *saved = ctx.saved_tensors
+    dh, dogate, dweight, dot = run_norm(dy, h, ogate, norm_weight, ctx.norm_eps)
+    cell = run(q, k, v, igate, fgate, start, h, dh, dot, None, None, *saved, ctx.want_initial, ctx.gate_cap, ctx.eps)
+    initial = cell[5:] if ctx.want_initial else (None, None)
+    return *cell[:5], dogate, dweight, None, *initial, None, None, None, None
+
+
+mlstm_fused_op.register_autograd(
+    lambda ctx, dy, *_: _differentiate_fused(norm_gate_backward_op, mlstm_backward_op, ctx, dy), setup_context=_save_fused
+)
+
+
+class _MlstmFused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _fused_forward(*inputs)
+        _save_fused(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return _differentiate_fused(_norm_gate_backward, _backward, ctx, dy)
+
+
+@torch.library.custom_op("swaxold::mlstm_step", mutates_args=())
+def mlstm_step_op(
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, c: Tensor, n: Tensor, m: Tensor, gate_cap: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One decoding step, without a gradient: h (B, H, V) and the new C, n, m (contiguous)."""
+    batch, heads, d_qk = q.shape
+    d_v = v.shape[-1]
+    q, k, v, c, n, m = launch.rows(q), launch.rows(k), launch.rows(v), c.contiguous(), n.contiguous(), m.contiguous()
+    h, c_new, n_new, m_new = v.new_empty(v.shape), torch.empty_like(c), torch.empty_like(n), torch.empty_like(m)
+    block_k, block_v = min(d_qk, 64), min(d_v, 32)
+    decode_step[(d_v // block_v, batch * heads)](
+        q, k, v, igate, fgate, c, n, m, h, c_new, n_new, m_new,
+        heads, *(s for x in (q, k, v, igate, fgate) for s in (x.stride(0), x.stride(1))),
+        d_qk**-0.5, gate_cap, eps, K=d_qk, V=d_v, BK=block_k, BV=block_v, num_warps=4,
+    )  # fmt: skip
+    return h, c_new, n_new, m_new
+
+
+@mlstm_step_op.register_fake
+def _(q, k, v, igate, fgate, c, n, m, gate_cap, eps):
+    return v.new_empty(v.shape), torch.empty_like(c), torch.empty_like(n), torch.empty_like(m)
+
+
+def _initial(state: MlstmState | None) -> list[Tensor | None]:
+    return [None] * 3 if state is None else [x.contiguous() for x in (state.c_bhkv, state.n_bhk, state.m_bh.detach())]
+
+
+def mlstm_cell(q, k, v, igate, fgate, start, state: MlstmState | None, want_state: bool, gate_cap: float | None, eps: float):
+    """h and the final state (None unless wanted), differentiable."""
+    run = mlstm_op if torch.compiler.is_compiling() else _Mlstm.apply
+    h, c, n, m, *_ = run(q, k, v, igate, fgate, start, *_initial(state), want_state, _no_cap(gate_cap), eps)
+    return h, MlstmState(c, n, m.detach()) if want_state else None
+
+
+def mlstm_fused_cell(
+    q, k, v, igate, fgate, ogate, norm_weight, start, state: MlstmState | None, gate_cap: float | None, eps: float, norm_eps: float
+) -> Tensor:
+    """The gated, normed h, differentiable in the initial state as well."""
+    arguments = (q, k, v, igate, fgate, ogate, norm_weight, start, *_initial(state), _no_cap(gate_cap), eps, norm_eps)
+    return mlstm_fused_op(*arguments)[0] if torch.compiler.is_compiling() else _MlstmFused.apply(*arguments)
+
+
+def mlstm_step_cell(q, k, v, igate, fgate, state: MlstmState, gate_cap: float | None, eps: float) -> tuple[Tensor, MlstmState]:
+    h, *new = mlstm_step_op(q, k, v, igate, fgate, *state, _no_cap(gate_cap), eps)
+    return h, MlstmState(*new)
