@@ -3,7 +3,8 @@
 Prints one JSON line a case: shape, milliseconds (median of `triton.testing.do_bench`) forward and forward + backward for ours and
 for each peer found, in the same process, with the device and the versions; TFLOP/s and TB/s of the least work, the ratio to the floor
 it sets, peak memory, and how many times faster ours is. Peers: `mlstm_kernels` (`xl_chunk`, several chunk lengths, the fastest counts;
-the cell alone on contiguous (B, H, T, D) inputs, and with soft caps, transposes, norm and output gate) if it is installed,
+the cell alone on contiguous (B, H, T, D) inputs, and with soft caps, transposes, norm and output gate) and fla's `simple_gla` (a
+simpler recurrence: no input gate, stabiliser and normaliser) if they are installed,
 FlexAttention compiled, and torch's FlashAttention-2 with its window; for SwiGLU, rotary positions and gate projections plain torch,
 eager and compiled. `offsets` cases check tensors of more than 2^31 elements.
 Random data; our results are first compared with the reference.
@@ -143,6 +144,15 @@ def mlstm_case(name: str, peers: bool) -> dict[str, Any]:
         result["mlstm_kernels, mixer core"] = rated(timed(peer_core, whole), flops, core)
         compared(result, "ours, cell", "mlstm_kernels, cell")
         compared(result, "ours, mixer core", "mlstm_kernels, mixer core")
+    if peers and importlib.util.find_spec("fla"):
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        gated = [x.detach().requires_grad_() for x in (*inputs[:3], torch.nn.functional.logsigmoid(inputs[4]))]
+        try:
+            result["fla simple_gla"] = rated(timed(lambda q, k, v, g: chunk_simple_gla(q, k, v, g=g)[0], gated), flops, cell)
+        except Exception as problem:  # it does not run with every Triton
+            result["fla simple_gla"] = {"problem": repr(problem)[:200]}
+        compared(result, "ours, cell", "fla simple_gla")
     return result
 
 

@@ -265,10 +265,11 @@ def norm_gate_forward(h: Tensor, ogate: Tensor, weight: Tensor, eps: float) -> T
     y = torch.empty_like(ogate)
     total = batch * length * heads
     launch = Launches(("norm", d_v), (h, ogate, weight, y))
+    block = max(2, 512 // d_v)
     launch(
-        norm.norm_gate, (-(-total // 8), 1, 1),
+        norm.norm_gate, (-(-total // block), 1, 1),
         (*map(launch.pointer, (h, ogate, weight, y)), total, length, heads, *ogate.stride()[:3], *y.stride()[:3], eps),
-        {"V": d_v, "BR": 8, "num_warps": 4},
+        {"V": d_v, "BR": block, "num_warps": 2},
     )  # fmt: skip
     launch.finish()
     return y
@@ -279,8 +280,8 @@ def norm_gate_backward(dy: Tensor, h: Tensor, ogate: Tensor, weight: Tensor, eps
     batch, length, heads, d_v = h.shape
     dy, ogate = rows(dy), rows(ogate)
     dh, dogate, dot = torch.empty_like(h), torch.empty_like(ogate), _float32(h, *h.shape[:3])
-    block = min(8, 2048 // d_v)  # rows at a time: with more a thread has no registers left
-    programs = max(1, min(512 // heads, -(-batch * length // block)))
+    block = 1024 // d_v  # rows at a time: with more a thread has no registers left
+    programs = max(1, min((2048 if d_v == 512 else 1024) // heads, -(-batch * length // block)))
     partial = _float32(h, programs, heads * d_v)
     launch = Launches(("norm backward", d_v, block), (dy, h, ogate, weight, dogate))
     launch(
@@ -289,7 +290,7 @@ def norm_gate_backward(dy: Tensor, h: Tensor, ogate: Tensor, weight: Tensor, eps
             *map(launch.pointer, (dy, h, ogate, weight, dh, dogate, dot, partial)),
             batch * length, length, heads, *dy.stride()[:3], *ogate.stride()[:3], *dogate.stride()[:3], eps,
         ),
-        {"V": d_v, "BR": block, "num_warps": 4},
+        {"V": d_v, "BR": block, "num_warps": 2},
     )  # fmt: skip
     launch.finish()
     return dh, dogate, partial.sum(0).to(weight.dtype), dot
