@@ -18,6 +18,7 @@ from ..launching import Launches, padded
 from . import triton_cell as cell
 from . import triton_gates as gates
 from . import triton_norm as norm
+from . import triton_states as recurrence
 from .triton_step import decode_step
 
 
@@ -195,9 +196,9 @@ def _states(launch, updates, scan, config: Config, operands, decay, states, norm
     batch, length, heads, chunks, d_k, d_v = shape
     size, bh, tile = (length, heads, chunks), batch * heads, config.updates.sizes
     grid = d_k // tile["BK"] * (d_v // tile["BV"]) + tile["GROUP"], -(-chunks // tile["GROUP"]), bh
-    launch(cell.chunk_updates, grid, (*operands, states, norms, *size, *strides), updates)
+    launch(recurrence.chunk_updates, grid, (*operands, states, norms, *size, *strides), updates)
     grid = d_k * d_v // scan["BLOCK"] + 1, bh, 1
-    launch(cell.scan_states, grid, (states, norms, decay, *begin, *others, *end, passed, chunks), scan)
+    launch(recurrence.scan_states, grid, (states, norms, decay, *begin, *others, *end, passed, chunks), scan)
 
 
 def backward(q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, saved: Saved, want_initial: bool, gate_cap, eps, config: Config):
