@@ -51,7 +51,7 @@ def tiny_mlstm(chunk: int, block: int, keep: bool = True, scores: bool = False) 
     tile, wide = triton_launch.Tile, {"BM": block, "BN": 16, "BS": 16, "BD": 16}
     updates, depth = {"BK": 16, "BV": 16, "BT": 16, "GROUP": 2}, {"BT": block, "BD": 16}
     each = [tile(sizes, 4, 2) for sizes in (wide, updates, depth, wide, {"BLOCK": 64}, {"BLOCK": 64})]
-    return triton_launch.Config(chunk, tile(depth, 4, 2) if scores else None, *each, keep=keep)
+    return triton_launch.Config(chunk, tile(depth, 4, 2) if scores else None, *each, keep)
 
 
 def mlstm_inputs(batch, length, heads, d_qk, d_v, i_mean, f_mean):

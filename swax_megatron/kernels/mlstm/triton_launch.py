@@ -48,23 +48,26 @@ class Config:
     gradients: Tile
     scan: Tile
     scan_back: Tile
-    keep: bool = True  # P/n in memory between the pairs and dv, or computed again
+    keep: bool  # P/n in memory between the pairs and dv, or computed again
 
 
-def _config(chunk: int, scores: tuple | None, outputs: tuple, updates: tuple, pairs: tuple, gradients: tuple) -> Config:
+def _config(chunk: int, scores: tuple | None, outputs: tuple, updates: tuple, pairs: tuple, gradients: tuple, keep: bool) -> Config:
     """Each tile: sizes, warps, stages."""
     rows, pair = ("BM", "BN", "BS", "BD"), ("BT", "BD")
     names, tiles = (pair, rows, ("BK", "BV", "BT", "GROUP"), pair, rows), (scores, outputs, updates, pairs, gradients)
     each = [t and Tile(dict(zip(n, t, strict=False)), *t[len(n) :]) for n, t in zip(names, tiles, strict=True)]
-    return Config(chunk, *each, Tile({"BLOCK": 1024}, 8, 1), Tile({"BLOCK": 1024}, 2, 1))
+    return Config(chunk, *each, Tile({"BLOCK": 512}, 4, 1), Tile({"BLOCK": 1024}, 2, 1), keep)
 
 
-# The fastest of those tried (docs/kernels.md); each was checked against float64, gradients included.
+# The fastest of those that `benchmarks/mlstm_tiles.py` tried on an H200 (docs/kernels.md); each was checked against float64, gradients
+# included. P/n is kept where dv is fastest so; computed again it saves B*H*T*chunk numbers at the peak.
 CONFIGS: dict[tuple[int, int], Config] = {
-    (64, 64): _config(128, None, (64, 64, 32, 64, 4, 3), (64, 64, 64, 4, 4, 3), (64, 64, 4, 3), (64, 64, 32, 32, 4, 3)),
-    (64, 128): _config(128, None, (64, 128, 32, 64, 4, 3), (64, 128, 64, 4, 4, 3), (64, 64, 4, 3), (64, 128, 32, 32, 4, 3)),
-    (128, 256): _config(256, None, (64, 256, 64, 64, 4, 2), (64, 256, 64, 4, 4, 2), (64, 64, 4, 4), (128, 256, 64, 64, 8, 3)),
-    (256, 512): _config(256, (64, 64, 4, 4), (128, 128, 64, 64, 8, 3), (64, 256, 64, 2, 4, 2), (128, 64, 8, 4), (128, 256, 64, 64, 8, 3)),
+    (64, 64): _config(128, None, (64, 64, 32, 64, 4, 3), (64, 64, 64, 2, 4, 3), (64, 64, 4, 3), (64, 64, 32, 32, 4, 3), False),
+    (64, 128): _config(128, None, (64, 128, 32, 64, 4, 3), (64, 128, 64, 2, 4, 3), (64, 64, 4, 3), (64, 128, 32, 32, 4, 3), False),
+    (128, 256): _config(256, None, (64, 256, 32, 32, 4, 3), (64, 128, 64, 2, 4, 3), (64, 64, 4, 4), (128, 256, 64, 64, 8, 3), False),
+    (256, 512): _config(
+        256, (64, 64, 4, 3), (128, 128, 64, 64, 8, 3), (128, 128, 64, 4, 8, 3), (64, 64, 4, 4), (128, 256, 64, 64, 8, 3), True
+    ),
 }
 
 # The type of the products' operands and of saved states. float16 inputs are rounded to bfloat16 there: a state may exceed 65,504.
