@@ -1,4 +1,4 @@
-"""Choose attention's tiles (the mLSTM's: `mlstm_tiles`): check and time every candidate of the tables `CONFIGS`, on one GPU, and print the winners' lines.
+"""Choose attention's tiles (the mLSTM's: `mlstm_tiles`): check and time every candidate of `CONFIGS` on one GPU, print the winners' lines.
 
 Compiles first, in many processes (Triton's disk cache is shared). Each candidate runs in the public functions: outputs and every
 gradient against float64 (short rows, documents), against the shipped tiles at full size, and twice over itself.
@@ -12,7 +12,6 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from functools import cache
 from typing import Any, TextIO
 
@@ -198,7 +197,7 @@ def measure(case: str, part: str, out: TextIO, deadline: float) -> list[tuple[st
 
 def best_of(case: str, rows: list[tuple[str, float, float, float, str]], out: TextIO) -> list[tuple[str, float, float, float, str]]:
     """For attention: the best forward, dq and dkv together."""
-    if case.startswith("mlstm") or not rows:
+    if not rows:
         return []
     every = candidates(case)
     right = [row for row in rows if row[4].startswith("ok")]
