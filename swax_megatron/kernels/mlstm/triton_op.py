@@ -123,9 +123,7 @@ def _differentiate(run, ctx, dh, dc_end, dn_end):
         dn_end = q.new_zeros(batch, heads, d_qk, dtype=torch.float32) if dn_end is None else dn_end.contiguous()
     else:
         dc_end = dn_end = None
-    gradients = run(
-        q, k, v, igate, fgate, start, h, dh, None, dc_end, dn_end, scalars, states, ctx.want_initial, ctx.gate_cap, ctx.eps
-    )
+    gradients = run(q, k, v, igate, fgate, start, h, dh, None, dc_end, dn_end, scalars, states, ctx.want_initial, ctx.gate_cap, ctx.eps)
     initial = gradients[5:] if ctx.want_initial else (None, None)
     return *gradients[:5], None, *initial, None, None, None, None
 
