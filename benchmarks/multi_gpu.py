@@ -39,15 +39,15 @@ from tests.workers import Workers, free_port
 # overrides of a layout of all GPUs; {n}: their number; {many}: four times the rows of the others; micro-batches have one row
 LAYOUTS: dict[str, list[str]] = {
     "DP ZeRO-1": [],
-    "TP SP": ["parallel.tensor={n}", "parallel.sequence=true"],
+    "TP SP": ["parallel.tensor={n}"],
     "PP": ["parallel.pipeline={n}"],
     "CP": ["parallel.context={n}"],
     "PP, four times the rows": ["parallel.pipeline={n}", "train.global_batch_size={many}"],
     "TP": ["parallel.tensor={n}", "parallel.sequence=false"],
-    "TP SP, one after the other": ["parallel.tensor={n}", "parallel.sequence=true", "parallel.overlap=false"],
+    "TP SP overlapped": ["parallel.tensor={n}", "parallel.overlap=true"],
     "TP SP, rows of 512 tokens": ["parallel.tensor={n}", "data.sequence_length=512"],  # what the host takes to launch a step
-    "TP SP, two rows": ["parallel.tensor={n}", "parallel.sequence=true", "train.micro_batch_size=2"],
-    "TP SP, two rows, one after the other": ["parallel.tensor={n}", "parallel.overlap=false", "train.micro_batch_size=2"],
+    "TP SP, two rows": ["parallel.tensor={n}", "train.micro_batch_size=2"],
+    "TP SP overlapped, two rows": ["parallel.tensor={n}", "parallel.overlap=true", "train.micro_batch_size=2"],
     "DP Megatron": ["optimizer.backend=megatron"],
     "DP ZeRO-2": ["optimizer.zero_stage=2"],
     "DP ZeRO-3": ["optimizer.zero_stage=3"],

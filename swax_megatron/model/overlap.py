@@ -69,16 +69,18 @@ class ProjectAndLeave(torch.autograd.Function):
         x_mn = x_sbn.flatten(0, 1)
         ctx.save_for_backward(x_mn, weight_hn)
         rank, size = group.rank(), group.size()
-        pieces, rows = x_mn.chunk(size), len(x_mn) // size
-        there = [rows if other != rank else 0 for other in range(size)]
-        away = x_mn.new_empty(rows * (size - 1), len(weight_hn))
-        back = torch.empty_like(away)
-        for place, other in enumerate(other for other in range(size) if other != rank):
-            torch.mm(pieces[other], weight_hn.t(), out=away[place * rows : (place + 1) * rows])
-        under_way = dist.all_to_all_single(back, away, there, there, group=group, async_op=True)
+        pieces = x_mn.chunk(size)
+        others = [other for other in range(size) if other != rank]
+        away = {other: pieces[other] @ weight_hn.t() for other in others}
+        back = {other: torch.empty_like(away[other]) for other in others}
+        peers = dist.get_process_group_ranks(group)
+        operations = [dist.P2POp(dist.isend, away[other], peers[other], group) for other in others]
+        operations += [dist.P2POp(dist.irecv, back[other], peers[other], group) for other in others]
+        under_way = dist.batch_isend_irecv(operations)
         own = pieces[rank] @ weight_hn.t()
-        under_way.wait()
-        own = own.add_(back) if size == 2 else torch.cat([own, back]).unflatten(0, (size, rows)).sum(0)  # rounded once
+        for work in under_way:
+            work.wait()
+        own = own.add_(back[others[0]]) if size == 2 else torch.stack([own, *back.values()]).sum(0)  # rounded once
         return own.view(-1, x_sbn.shape[1], len(weight_hn))
 
     @staticmethod

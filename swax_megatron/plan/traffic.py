@@ -22,9 +22,11 @@ class Cluster:
     # Share of the peak that layers reach while they compute: with it the plan's step of the 1.4B model on one H100 takes 1.03 (window 128)
     # and 1.01 (2,048) of the measured time at four rows a step (benchmarks/results/train_step_h100.jsonl).
     efficiency: float = 0.40
-    inside: float = 300e9  # NVLink 4: 450 GB/s each way, two thirds of it reached
+    # NVLink 4, 450 GB/s each way. With 50 us a message: what NCCL's collectives of 4 to 512 MB reached between two H200, to a tenth but for
+    # the largest (benchmarks/results/multi_gpu_h200x2.jsonl).
+    inside: float = 280e9
     between: float = 40e9  # 400 Gb/s a GPU, four fifths of it reached
-    latency: float = 10e-6
+    latency: float = 50e-6
 
     def bandwidth(self, span: int) -> float:
         """Of a group whose ranks lie within ``span`` consecutive ranks."""
