@@ -1,7 +1,7 @@
-"""Choose the kernels' tiles: check and time every candidate of the tables `CONFIGS` and `SIZES`, on one GPU, and print the winners' lines.
+"""Choose attention's tiles (the mLSTM's: `mlstm_tiles`): check and time every candidate of `CONFIGS` and `SIZES` on one GPU.
 
 Compiles first, in many processes (Triton's disk cache is shared). Each candidate runs in the public functions: outputs and every
-gradient against float64 (short rows, hard regimes, documents), against the shipped tiles at full size, and twice over itself.
+gradient against float64 (short rows, documents), against the shipped tiles at full size, and twice over itself.
 Then milliseconds, medians of `triton.testing.do_bench`, forward and forward + backward. JSON lines to --out, a short table last.
 """
 
@@ -12,30 +12,14 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from functools import cache
 from typing import Any, TextIO
 
 import torch
 
-from .kernels import MLSTM, SWA, timed
+from .kernels import SWA, timed
 
-REGIMES = {"clamped": (-10.0, 4.0), "mixed": (-4.0, 4.5), "free": (5.0, 3.0), "forget": (0.0, -15.0), "keep": (15.0, 15.0)}
-TOLERANCE = {"mlstm": 1.2e-2, "swa": 5e-3}
-
-
-def mlstm_candidates(name: str) -> dict[str, Any]:
-    from swax_megatron.kernels.mlstm.triton_launch import CONFIGS, Tile
-
-    d_qk, d_v = MLSTM[name][3:]
-    shipped = CONFIGS[d_qk, d_v]
-    found = {"shipped": shipped}
-    tiles = ((64, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 128, 128, 8, 3), (64, 64, 64, 4, 4), (64, 64, 64, 4, 3), (64, 64, 128, 4, 3))
-    for bk, bv, bt, warps, stages in (*tiles, (128, 64, 64, 8, 4)):
-        if bk <= d_qk and bv <= d_v:
-            march = Tile({"BK": bk, "BV": bv, "BT": bt}, warps, stages)
-            found[f"march {bk}x{bv}x{bt} w{warps} s{stages}"] = replace(shipped, march=march)
-    return found
+TOLERANCE = {"swa": 5e-3}
 
 
 def swa_candidates(name: str) -> dict[str, Any]:
@@ -61,22 +45,16 @@ def swa_candidates(name: str) -> dict[str, Any]:
 
 
 def candidates(case: str) -> dict[str, Any]:
-    kind, name = case.split(" ", 1)
-    return (mlstm_candidates if kind == "mlstm" else swa_candidates)(name)
+    return swa_candidates(case.split(" ", 1)[1])
 
 
 def install(case: str, config: Any) -> None:
     """Make the public functions use `config` for the case's shape class."""
-    kind, name = case.split(" ", 1)
-    if kind == "mlstm":
-        from swax_megatron.kernels.mlstm import triton_launch
 
-        triton_launch.CONFIGS[MLSTM[name][3:]] = config
-    else:
-        from swax_megatron.kernels.swa import gluon_launch
+    from swax_megatron.kernels.swa import gluon_launch
 
-        d, window = SWA[name][3:]
-        gluon_launch.SIZES[d, window <= gluon_launch.NARROW] = config
+    d, window = SWA[case.split(" ", 1)[1]][3:]
+    gluon_launch.SIZES[d, window <= gluon_launch.NARROW] = config
 
 
 def draw(shape: tuple[int, ...], seed: int, mean: float = 0.0) -> torch.Tensor:
@@ -85,30 +63,18 @@ def draw(shape: tuple[int, ...], seed: int, mean: float = 0.0) -> torch.Tensor:
 
 def make(case: str, size: tuple[int, int, int, int], means: tuple[float, float]) -> list[torch.Tensor]:
     """Leaves of the case's public function. size: batch, time, heads, key/value heads."""
-    kind, name = case.split(" ", 1)
     batch, length, heads, kv_heads = size
-    if kind == "mlstm":
-        d_qk, d_v = MLSTM[name][3:]
-        leaves = [draw((batch, length, heads, d), i, 0.5 * (i < 2)).bfloat16() for i, d in enumerate((d_qk, d_qk, d_v))]
-        leaves += [draw((batch, length, heads), 3 + i, mean) for i, mean in enumerate(means)]
-    else:
-        leaves = [draw((batch, length, n, SWA[name][3]), i).bfloat16() for i, n in enumerate((heads, kv_heads, kv_heads))]
-    return [x.requires_grad_() for x in leaves]
+    d = SWA[case.split(" ", 1)[1]][3]
+    return [draw((batch, length, n, d), i).bfloat16().requires_grad_() for i, n in enumerate((heads, kv_heads, kv_heads))]
 
 
 def full_size(case: str) -> tuple[int, int, int, int]:
-    kind, name = case.split(" ", 1)
-    if kind == "mlstm":
-        return MLSTM[name][0], MLSTM[name][1], MLSTM[name][2], 0
-    return 1, *SWA[name][:3]
+    return 1, *SWA[case.split(" ", 1)[1]][:3]
 
 
 def apply(case: str, leaves: list[torch.Tensor], window: int, cu_seqlens: torch.Tensor | None, backend: str) -> torch.Tensor:
-    from swax_megatron.kernels.mlstm import mlstm
     from swax_megatron.kernels.swa import swa
 
-    if case.startswith("mlstm"):
-        return mlstm(*leaves, cu_seqlens=cu_seqlens, backend=backend)
     return swa(*leaves, window, cu_seqlens=cu_seqlens, backend=backend)
 
 
@@ -120,8 +86,6 @@ def results(case: str, leaves: list[torch.Tensor], window: int, cu_seqlens: torc
 
 def trials(case: str) -> list[tuple[str, tuple[int, int, int, int], tuple[float, float], int, bool]]:
     """Name, size, gate means, window, packed documents."""
-    if case.startswith("mlstm"):
-        return [(regime, (2, 1100, 2, 0), means, 0, regime == "mixed") for regime, means in REGIMES.items()]
     from swax_megatron.kernels.swa.gluon_launch import NARROW
 
     name = case.split(" ", 1)[1]
@@ -175,7 +139,7 @@ def compile_share(cases: list[str], share: str) -> None:
     for case, config in every[index::processes]:
         install(case, config)
         size = full_size(case)
-        window = 0 if case.startswith("mlstm") else SWA[case.split(" ", 1)[1]][4]
+        window = SWA[case.split(" ", 1)[1]][4]
         try:
             leaves = make(case, (size[0], 512, *size[2:]), (0.0, 3.0))
             results(case, leaves, window)
@@ -188,7 +152,7 @@ def compile_share(cases: list[str], share: str) -> None:
 def measure(case: str, out: TextIO, deadline: float) -> list[tuple[str, float, float, float, str]]:
     """Rows of name, forward, forward + backward (ms), worst error, verdict."""
     every, rows = candidates(case), []
-    window = 0 if case.startswith("mlstm") else SWA[case.split(" ", 1)[1]][4]
+    window = SWA[case.split(" ", 1)[1]][4]
     leaves = make(case, full_size(case), (-4.0, 4.5))
     limit = TOLERANCE[case.split(" ", 1)[0]]
     shipped = None
@@ -219,7 +183,7 @@ def measure(case: str, out: TextIO, deadline: float) -> list[tuple[str, float, f
 
 def best_of(case: str, rows: list[tuple[str, float, float, float, str]], out: TextIO) -> list[tuple[str, float, float, float, str]]:
     """For attention: the best of each kernel together."""
-    if case.startswith("mlstm") or not rows:
+    if not rows:
         return []
     every = candidates(case)
     right = [row for row in rows if row[4].startswith("ok")]
@@ -241,12 +205,12 @@ def best_of(case: str, rows: list[tuple[str, float, float, float, str]], out: Te
 
 
 def main(argv: list[str] | None = None) -> int:
-    cases = [f"mlstm {name}" for name in MLSTM] + [f"swa {name}" for name in SWA]
+    cases = [f"swa {name}" for name in SWA]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.kernel_tiles",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python -m benchmarks.kernel_tiles --cases 'mlstm 7B' 'swa 7B w128' --out tiles.jsonl",
+        epilog="example:\n  python -m benchmarks.kernel_tiles --cases 'swa 7B w128' --out tiles.jsonl",
     )
     parser.add_argument("--cases", nargs="+", choices=cases, default=cases, metavar="CASE", help=f"of: {', '.join(cases)}")
     parser.add_argument("--out", default="kernel_tiles.jsonl", metavar="FILE", help="JSON lines are added here (kernel_tiles.jsonl)")

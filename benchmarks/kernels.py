@@ -3,9 +3,10 @@
 Prints one JSON line a case: shape, milliseconds (median of `triton.testing.do_bench`) forward and forward + backward for ours and
 for each peer found, in the same process, with the device and the versions; TFLOP/s and TB/s of the least work, the ratio to the floor
 it sets, peak memory, and how many times faster ours is. Peers: `mlstm_kernels` (`xl_chunk`, several chunk lengths, the fastest counts;
-the cell alone on contiguous (B, H, T, D) inputs, and with soft caps, transposes, norm and output gate) if it is installed,
-FlexAttention compiled, torch's FlashAttention-2 with its window, cuDNN's window through `nvidia-cudnn-frontend` if that is installed;
-for SwiGLU, rotary positions and gate projections plain torch, eager and compiled. `offsets` cases check tensors of more than 2^31 elements.
+the cell alone on contiguous (B, H, T, D) inputs, and with soft caps, transposes, norm and output gate) and fla's `simple_gla` (a
+simpler recurrence: no input gate, stabiliser or normaliser; cases of its own) if they are installed, FlexAttention compiled, torch's
+FlashAttention-2 with its window, cuDNN's window through `nvidia-cudnn-frontend` if that is installed; for SwiGLU, rotary positions and
+gate projections plain torch, eager and compiled. `offsets` cases check tensors of more than 2^31 elements.
 Random data; our results are first compared with the reference.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import importlib.util
 import json
 import sys
@@ -63,6 +65,7 @@ def timed(function: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]], inpu
         torch.autograd.grad(function(*inputs), inputs, cotangents)
 
     milliseconds = do_bench(both, warmup=15, rep=60, return_mode="median")
+    gc.collect()  # what a peer left in reference cycles would be counted as there before, and vanish
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     both()
@@ -143,6 +146,28 @@ def mlstm_case(name: str, peers: bool) -> dict[str, Any]:
         result["mlstm_kernels, mixer core"] = rated(timed(peer_core, whole), flops, core)
         compared(result, "ours, cell", "mlstm_kernels, cell")
         compared(result, "ours, mixer core", "mlstm_kernels, mixer core")
+    return result
+
+
+def fla_case(name: str, peers: bool) -> dict[str, Any]:
+    """Our cell beside fla's `simple_gla`: (B, T, H, D) in place as ours, but no input gate, stabiliser or normaliser."""
+    from swax_megatron.kernels.mlstm import mlstm
+
+    batch, length, heads, d_qk, d_v = MLSTM[name]
+    torch.manual_seed(0)
+    inputs = [torch.randn(batch, length, heads, d, device="cuda", dtype=torch.bfloat16) for d in (d_qk, d_qk, d_v)]
+    inputs += [torch.randn(batch, length, heads, device="cuda") + mean for mean in (-4.0, 4.5)]
+    gated = [x.clone().requires_grad_() for x in (*inputs[:3], torch.nn.functional.logsigmoid(inputs[4]))]
+    result: dict[str, Any] = {"shape": dict(zip(("B", "T", "H", "d_qk", "d_v"), MLSTM[name], strict=True))}
+    result["ours, cell"] = timed(lambda *x: mlstm(*x, backend="triton"), [x.requires_grad_() for x in inputs])
+    if peers and importlib.util.find_spec("fla"):
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        try:
+            result["fla simple_gla"] = timed(lambda q, k, v, g: chunk_simple_gla(q, k, v, g=g)[0], gated)
+        except Exception as problem:  # it does not run with every Triton
+            result["fla simple_gla"] = {"problem": repr(problem)[:300]}
+        compared(result, "ours, cell", "fla simple_gla")
     return result
 
 
@@ -245,7 +270,8 @@ def offsets_case(name: str, peers: bool) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    cases = {f"mlstm {n}": (mlstm_case, n) for n in MLSTM} | {f"swa {n}": (swa_case, n) for n in SWA}
+    cases = {f"mlstm {n}": (mlstm_case, n) for n in MLSTM} | {f"fla {n}": (fla_case, n) for n in MLSTM}
+    cases |= {f"swa {n}": (swa_case, n) for n in SWA}
     cases |= {f"elementwise {n}": (elementwise_case, n) for n in ELEMENTWISE}
     cases |= {f"offsets {n}": (offsets_case, n) for n in ("mlstm", "swa")}
     parser = argparse.ArgumentParser(

@@ -115,9 +115,9 @@ def test_mlstm_documents_states_and_views(d_qk, d_v):
 def test_mlstm_is_deterministic_and_new_sizes_compile_nothing():
     from triton.runtime.jit import JITFunction
 
-    from swax_megatron.kernels.mlstm import triton_cell, triton_gates
+    from swax_megatron.kernels.mlstm import triton_cell, triton_gates, triton_states
 
-    kernels = [x for module in (triton_cell, triton_gates) for x in vars(module).values() if isinstance(x, JITFunction)]
+    kernels = [x for module in (triton_cell, triton_gates, triton_states) for x in vars(module).values() if isinstance(x, JITFunction)]
 
     def compiled():
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())

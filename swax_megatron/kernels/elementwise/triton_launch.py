@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launching import Launches
 from . import triton_kernels as kernels
 from .reference import frequencies
 
@@ -21,16 +22,20 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    return x.stride(0), x.stride(1), x.stride(2)
+def _launch(kernel, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], numbers: tuple, constants: dict) -> None:
+    """One launch: tensors come first among the arguments; numbers that Triton specialises on are strides of theirs."""
+    launch = Launches((kernel, *constants.values()), tensors)
+    launch(kernel, grid, (*map(launch.pointer, tensors), *numbers), constants)
+    launch.finish()
 
 
 def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     """y, contiguous, in the shape of gate and up."""
     gate, up = gate.contiguous(), up.contiguous()
     y, width = torch.empty_like(gate), gate.shape[-1]
-    grid = (triton.cdiv(gate.numel(), SWIGLU_BLOCK),)
-    kernels.swiglu[grid](gate, up, y, gate.numel() // width, WIDTH=width, BLOCK=SWIGLU_BLOCK, num_warps=8)
+    grid = -(-gate.numel() // SWIGLU_BLOCK), 1, 1
+    constants = {"WIDTH": width, "BLOCK": SWIGLU_BLOCK, "num_warps": 8}
+    _launch(kernels.swiglu, grid, (gate, up, y), (gate.numel() // width,), constants)
     return y
 
 
@@ -38,10 +43,9 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
     """dgate, dup, contiguous."""
     dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
     dgate, dup, width = torch.empty_like(gate), torch.empty_like(up), gate.shape[-1]
-    grid = (triton.cdiv(gate.numel(), SWIGLU_BLOCK),)
-    kernels.swiglu_gradients[grid](
-        dy, gate, up, dgate, dup, gate.numel() // width, WIDTH=width, BLOCK=SWIGLU_BLOCK, num_warps=8
-    )  # fmt: skip
+    grid = -(-gate.numel() // SWIGLU_BLOCK), 1, 1
+    constants = {"WIDTH": width, "BLOCK": SWIGLU_BLOCK, "num_warps": 8}
+    _launch(kernels.swiglu_gradients, grid, (dy, gate, up, dgate, dup), (gate.numel() // width,), constants)
     return dgate, dup
 
 
@@ -51,12 +55,11 @@ def rotary(q: Tensor, k: Tensor, positions: Tensor, base: float, back: bool) -> 
     q, k, positions = rows(q), rows(k), positions.contiguous()
     yq, yk = torch.empty_like(q), torch.empty_like(k)
     groups, half = k.shape[2], d // 2
-    grid = (triton.cdiv(length, ROTARY_TOKENS), triton.cdiv(heads, ROTARY_HEADS) + triton.cdiv(groups, ROTARY_HEADS), batch)
-    kernels.rotary[grid](
-        q, k, positions, frequencies(d, base, q.device), yq, yk, length, heads, groups,
-        *_strides(q), *_strides(k), *_strides(yq), *_strides(yk),
-        HALF=half, PADDED=triton.next_power_of_2(half), BT=ROTARY_TOKENS, BH=ROTARY_HEADS, BACK=back, num_warps=4,
-    )  # fmt: skip
+    grid = -(-length // ROTARY_TOKENS), -(-heads // ROTARY_HEADS) + -(-groups // ROTARY_HEADS), batch
+    strides = [s for x in (q, k, yq, yk) for s in x.stride()[:3]]
+    sizes = {"HALF": half, "PADDED": triton.next_power_of_2(half), "BT": ROTARY_TOKENS, "BH": ROTARY_HEADS, "BACK": back, "num_warps": 4}
+    tensors = q, k, positions, frequencies(d, base, q.device), yq, yk
+    _launch(kernels.rotary, grid, tensors, (length, heads, groups, *strides), sizes)
     return yq, yk
 
 
@@ -71,10 +74,9 @@ def gates_forward(x: Tensor, wi: Tensor, bi: Tensor, wf: Tensor, bf: Tensor) -> 
     flat = rows(x.reshape(-1, width))
     i, f = (torch.empty(*x.shape[:-1], heads, device=x.device, dtype=torch.float32) for _ in range(2))
     narrow = x.dtype == wi.dtype == wf.dtype == torch.bfloat16
-    kernels.gate_values[(triton.cdiv(flat.shape[0], GATE_ROWS),)](
-        flat, wi.contiguous(), bi.contiguous(), wf.contiguous(), bf.contiguous(), i, f, flat.shape[0], flat.stride(0),
-        **_gate_sizes(width, heads), DT=tl.bfloat16 if narrow else tl.float32, num_warps=4, num_stages=3,
-    )  # fmt: skip
+    tensors = flat, wi.contiguous(), bi.contiguous(), wf.contiguous(), bf.contiguous(), i, f
+    constants = {**_gate_sizes(width, heads), "DT": tl.bfloat16 if narrow else tl.float32, "num_warps": 4, "num_stages": 3}
+    _launch(kernels.gate_values, (-(-flat.shape[0] // GATE_ROWS), 1, 1), tensors, (flat.shape[0], flat.stride(0)), constants)
     return i, f
 
 
@@ -83,12 +85,11 @@ def gates_backward(di: Tensor, df: Tensor, x: Tensor, wi: Tensor, wf: Tensor) ->
     heads, width = wi.shape
     flat, sizes = rows(x.reshape(-1, width)), _gate_sizes(width, heads)
     count = flat.shape[0]
-    splits = min(GATE_SPLITS, triton.cdiv(count, GATE_ROWS))
+    splits = min(GATE_SPLITS, -(-count // GATE_ROWS))
     dx = torch.empty(x.shape, device=x.device, dtype=x.dtype)
     parts = torch.empty(splits, sizes["GATES"], width, device=x.device, dtype=torch.float32)
-    kernels.gate_gradients[(triton.cdiv(width, sizes["BD"]), splits)](
-        di.contiguous(), df.contiguous(), flat, wi.contiguous(), wf.contiguous(), dx, parts, count, flat.stride(0),
-        **sizes, num_warps=8, num_stages=3,
-    )  # fmt: skip
+    tensors = di.contiguous(), df.contiguous(), flat, wi.contiguous(), wf.contiguous(), dx, parts
+    grid, constants = (-(-width // sizes["BD"]), splits, 1), {**sizes, "num_warps": 8, "num_stages": 3}
+    _launch(kernels.gate_gradients, grid, tensors, (count, flat.stride(0)), constants)
     dw = parts.sum(0)
     return dx, dw[:heads].clone(), dw[heads : 2 * heads].clone()

@@ -160,36 +160,37 @@ def _check(q, k, v, igate, fgate, cu_seqlens, initial_state, gate_cap, eps, chun
     for name, x in named.items():
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
-    if q.ndim != 4 or 0 in q.shape:
-        raise ValueError(f"q must have shape (B, T, H, d_qk) with no empty dimension, got {tuple(q.shape)}")
-    batch, length, heads, d_qk = q.shape
-    if k.shape != q.shape:
-        raise ValueError(f"k must have q's shape {tuple(q.shape)}, got {tuple(k.shape)}")
-    if v.ndim != 4 or v.shape[:3] != q.shape[:3] or v.shape[3] == 0:
+    shape, dtype, device = q.shape, q.dtype, q.device
+    if len(shape) != 4 or 0 in shape:
+        raise ValueError(f"q must have shape (B, T, H, d_qk) with no empty dimension, got {tuple(shape)}")
+    batch, length, heads, d_qk = shape
+    tokens = shape[:3]
+    if k.shape != shape:
+        raise ValueError(f"k must have q's shape {tuple(shape)}, got {tuple(k.shape)}")
+    if v.ndim != 4 or v.shape[:3] != tokens or v.shape[3] == 0:
         raise ValueError(f"v must have shape ({batch}, {length}, {heads}, d_v), got {tuple(v.shape)}")
-    for name in ("igate", "fgate"):
-        if named[name].shape != q.shape[:3]:
-            raise ValueError(f"{name} must have shape {tuple(q.shape[:3])}, got {tuple(named[name].shape)}")
-    if q.dtype not in _INPUT_DTYPES:
-        raise ValueError(f"q has dtype {q.dtype}; it must be one of {', '.join(str(d) for d in _INPUT_DTYPES)}")
-    for name in ("k", "v"):
-        if named[name].dtype != q.dtype:
-            raise ValueError(f"{name} has dtype {named[name].dtype} but q has {q.dtype}: they must agree")
-    gate_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    for name in ("igate", "fgate"):
-        if named[name].dtype != gate_dtype:
-            raise ValueError(f"{name} has dtype {named[name].dtype}; gates must be {gate_dtype} (compute the gate projection in it)")
+    if dtype not in _INPUT_DTYPES:
+        raise ValueError(f"q has dtype {dtype}; it must be one of {', '.join(str(d) for d in _INPUT_DTYPES)}")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != dtype:
+            raise ValueError(f"{name} has dtype {x.dtype} but q has {dtype}: they must agree")
+    gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    for name, x in (("igate", igate), ("fgate", fgate)):
+        if x.shape != tokens:
+            raise ValueError(f"{name} must have shape {tuple(tokens)}, got {tuple(x.shape)}")
+        if x.dtype != gate_dtype:
+            raise ValueError(f"{name} has dtype {x.dtype}; gates must be {gate_dtype} (compute the gate projection in it)")
     for name, x in named.items():
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device} but q is on {q.device}: move it there")
-    check_cu_seqlens(cu_seqlens, batch, length, q.device)
+        if x.device != device:
+            raise ValueError(f"{name} is on {x.device} but q is on {device}: move it there")
+    check_cu_seqlens(cu_seqlens, batch, length, device)
     if initial_state is not None:
         d_v = v.shape[3]
         expected = {"c_bhkv": (batch, heads, d_qk, d_v), "n_bhk": (batch, heads, d_qk), "m_bh": (batch, heads)}
-        for (name, shape), x in zip(expected.items(), initial_state, strict=True):
-            if x.shape != shape or x.dtype != gate_dtype or x.device != q.device:
+        for (name, wanted), x in zip(expected.items(), initial_state, strict=True):
+            if x.shape != wanted or x.dtype != gate_dtype or x.device != device:
                 found = f"{tuple(x.shape)} {x.dtype} on {x.device}"
-                raise ValueError(f"initial_state.{name} must be {shape} {gate_dtype} on {q.device}, got {found}")
+                raise ValueError(f"initial_state.{name} must be {wanted} {gate_dtype} on {device}, got {found}")
     if gate_cap is not None and not gate_cap > 0:
         raise ValueError(f"gate_cap must be positive, or None for no cap, got {gate_cap}")
     if not eps >= 0:

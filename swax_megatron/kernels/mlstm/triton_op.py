@@ -13,7 +13,6 @@ from torch.autograd.function import once_differentiable
 
 from . import triton_launch as launch
 from .state import MlstmState
-from .triton_step import decode_step
 
 SHAPES = tuple(launch.CONFIGS)  # (d_qk, d_v) with a tested configuration
 
@@ -39,28 +38,31 @@ def _forward(
     want_state: bool,
     gate_cap: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """h, final C, n, m (empty unless wanted), and what the backward pass saves (`launch.Saved`)."""
-    *result, saved = launch.forward(q, k, v, igate, fgate, start, c0, n0, m0, want_state, gate_cap, eps, _config(q, v))
-    return (*result, *saved)
+    h, *end, saved = launch.forward(q, k, v, igate, fgate, start, c0, n0, m0, want_state, gate_cap, eps, _config(q, v))
+    return h, *(end if want_state else (_empty(q) for _ in range(3))), *saved
+
+
+def _empty(q: Tensor, *shape: int) -> Tensor:
+    return q.new_empty(shape or 0, dtype=torch.float32)
 
 
 mlstm_op = torch.library.custom_op("swax::mlstm", _forward, mutates_args=())
 
 
+def _empty_saved(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    scalars, states = launch.saved_sizes(*q.shape, v.shape[-1], _config(q, v).chunk)
+    return _empty(q, *scalars), q.new_empty(states, dtype=torch.float32 if q.dtype == torch.float32 else torch.bfloat16)
+
+
 @mlstm_op.register_fake
 def _(q, k, v, igate, fgate, start, c0, n0, m0, want_state, gate_cap, eps):
-    batch, length, heads, d_qk = q.shape
-    d_v, lc = v.shape[-1], _config(q, v).chunk
-    chunks, bh = (length + lc - 1) // lc, batch * heads
-
-    def empty(*shape, dtype=torch.float32):
-        return q.new_empty(shape, dtype=dtype)
-
-    end = (empty(batch, heads, d_qk, d_v), empty(batch, heads, d_qk), empty(batch, heads)) if want_state else (empty(0), empty(0), empty(0))
-    product = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
-    saved = empty(6, bh, chunks * lc), empty(bh, chunks), empty(bh, chunks, d_qk, d_v, dtype=product), empty(bh, chunks, d_qk)
-    return empty(batch, length, heads, d_v, dtype=v.dtype), *end, *saved
+    batch, _, heads, d_qk = q.shape
+    end = [_empty(q) for _ in range(3)]
+    if want_state:
+        end = _empty(q, batch, heads, d_qk, v.shape[-1]), _empty(q, batch, heads, d_qk), _empty(q, batch, heads)
+    return v.new_empty(v.shape), *end, *_empty_saved(q, v)
 
 
 def _backward(
@@ -75,16 +77,21 @@ def _backward(
     dot: Tensor | None,
     dc_end: Tensor | None,
     dn_end: Tensor | None,
-    tokens: Tensor,
-    decay: Tensor,
+    scalars: Tensor,
     states: Tensor,
-    norms: Tensor,
     want_initial: bool,
     gate_cap: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, igate, fgate and of the initial C and n (empty unless wanted). dot: <dh, h> if known."""
-    saved = launch.Saved(tokens, decay, states, norms)
+    *gradients, dc0, dn0 = _launch_backward(
+        q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, scalars, states, want_initial, gate_cap, eps
+    )
+    return *gradients, *((dc0, dn0) if want_initial else (_empty(q), _empty(q)))
+
+
+def _launch_backward(q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, scalars, states, want_initial, gate_cap, eps):
+    saved = launch.Saved(scalars, states)
     return launch.backward(q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, saved, want_initial, gate_cap, eps, _config(q, v))
 
 
@@ -92,7 +99,7 @@ mlstm_backward_op = torch.library.custom_op("swax::mlstm_backward", _backward, m
 
 
 @mlstm_backward_op.register_fake
-def _(q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, tokens, decay, states, norms, want_initial, gate_cap, eps):
+def _(q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, scalars, states, want_initial, gate_cap, eps):
     batch, _, heads, d_qk = q.shape
     gates = [q.new_empty(igate.shape, dtype=torch.float32) for _ in range(2)]
     initial = ((batch, heads, d_qk, v.shape[-1]), (batch, heads, d_qk)) if want_initial else ((0,), (0,))
@@ -107,7 +114,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(run, ctx, dh, dc_end, dn_end):
-    q, k, v, igate, fgate, start, h, tokens, decay, states, norms = ctx.saved_tensors
+    q, k, v, igate, fgate, start, h, scalars, states = ctx.saved_tensors
     if dh is None:
         dh = torch.zeros_like(h)
     if ctx.want_state and (dc_end is not None or dn_end is not None):
@@ -116,9 +123,7 @@ def _differentiate(run, ctx, dh, dc_end, dn_end):
         dn_end = q.new_zeros(batch, heads, d_qk, dtype=torch.float32) if dn_end is None else dn_end.contiguous()
     else:
         dc_end = dn_end = None
-    gradients = run(
-        q, k, v, igate, fgate, start, h, dh, None, dc_end, dn_end, tokens, decay, states, norms, ctx.want_initial, ctx.gate_cap, ctx.eps
-    )
+    gradients = run(q, k, v, igate, fgate, start, h, dh, None, dc_end, dn_end, scalars, states, ctx.want_initial, ctx.gate_cap, ctx.eps)
     initial = gradients[5:] if ctx.want_initial else (None, None)
     return *gradients[:5], None, *initial, None, None, None, None
 
@@ -127,18 +132,23 @@ mlstm_op.register_autograd(lambda ctx, dh, dc, dn, *_: _differentiate(mlstm_back
 
 
 class _Mlstm(torch.autograd.Function):
+    """h, with want_state also the final C, n, m."""
+
     @staticmethod
-    def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _save(ctx, inputs, output)
-        h, c, n, m = output[:4]
-        ctx.mark_non_differentiable(*((m,) if ctx.want_state else (c, n, m)))
-        return h, c, n, m
+    def forward(ctx, q, k, v, igate, fgate, start, c0, n0, m0, want_state, gate_cap, eps):
+        h, *end, saved = launch.forward(q, k, v, igate, fgate, start, c0, n0, m0, want_state, gate_cap, eps, _config(q, v))
+        ctx.save_for_backward(q, k, v, igate, fgate, start, h, *saved)
+        ctx.want_state, ctx.want_initial, ctx.gate_cap, ctx.eps = want_state, c0 is not None, gate_cap, eps
+        ctx.set_materialize_grads(False)
+        if not want_state:
+            return h
+        ctx.mark_non_differentiable(end[2])
+        return h, *end
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dh, dc_end, dn_end, _):
-        return _differentiate(_backward, ctx, dh, dc_end, dn_end)
+    def backward(ctx, dh, dc_end=None, dn_end=None, _=None):
+        return _differentiate(_launch_backward, ctx, dh, dc_end, dn_end)
 
 
 def _fused_forward(
@@ -156,7 +166,7 @@ def _fused_forward(
     gate_cap: float,
     eps: float,
     norm_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y (the gated, normed h), and h with what the cell's backward pass saves."""
     h, _, _, _, saved = launch.forward(q, k, v, igate, fgate, start, c0, n0, m0, False, gate_cap, eps, _config(q, v))
     return launch.norm_gate_forward(h, ogate, norm_weight, norm_eps), h, *saved
@@ -167,13 +177,7 @@ mlstm_fused_op = torch.library.custom_op("swax::mlstm_fused", _fused_forward, mu
 
 @mlstm_fused_op.register_fake
 def _(q, k, v, igate, fgate, ogate, norm_weight, start, c0, n0, m0, gate_cap, eps, norm_eps):
-    batch, length, heads, d_qk = q.shape
-    d_v, lc = v.shape[-1], _config(q, v).chunk
-    chunks, bh = (length + lc - 1) // lc, batch * heads
-    product = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
-    tokens, decay, norms = (q.new_empty(s, dtype=torch.float32) for s in ((6, bh, chunks * lc), (bh, chunks), (bh, chunks, d_qk)))
-    y = torch.empty_like(launch.rows(ogate))
-    return y, v.new_empty(v.shape), tokens, decay, q.new_empty(bh, chunks, d_qk, d_v, dtype=product), norms
+    return torch.empty_like(launch.rows(ogate)), v.new_empty(v.shape), *_empty_saved(q, v)
 
 
 def _norm_gate_backward(
@@ -222,25 +226,17 @@ class _MlstmFused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return _differentiate_fused(_norm_gate_backward, _backward, ctx, dy)
+        return _differentiate_fused(launch.norm_gate_backward, _launch_backward, ctx, dy)
 
 
-@torch.library.custom_op("swax::mlstm_step", mutates_args=())
-def mlstm_step_op(
+def _step(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, c: Tensor, n: Tensor, m: Tensor, gate_cap: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One decoding step, without a gradient: h (B, H, V) and the new C, n, m (contiguous)."""
-    batch, heads, d_qk = q.shape
-    d_v = v.shape[-1]
-    q, k, v, c, n, m = launch.rows(q), launch.rows(k), launch.rows(v), c.contiguous(), n.contiguous(), m.contiguous()
-    h, c_new, n_new, m_new = v.new_empty(v.shape), torch.empty_like(c), torch.empty_like(n), torch.empty_like(m)
-    block_k, block_v = min(d_qk, 64), min(d_v, 32)
-    decode_step[(d_v // block_v, batch * heads)](
-        q, k, v, igate, fgate, c, n, m, h, c_new, n_new, m_new,
-        heads, *(s for x in (q, k, v, igate, fgate) for s in (x.stride(0), x.stride(1))),
-        d_qk**-0.5, gate_cap, eps, K=d_qk, V=d_v, BK=block_k, BV=block_v, num_warps=4,
-    )  # fmt: skip
-    return h, c_new, n_new, m_new
+    return launch.step(q, k, v, igate, fgate, c, n, m, gate_cap, eps)
+
+
+mlstm_step_op = torch.library.custom_op("swax::mlstm_step", _step, mutates_args=())
 
 
 @mlstm_step_op.register_fake
@@ -254,9 +250,16 @@ def _initial(state: MlstmState | None) -> list[Tensor | None]:
 
 def mlstm_cell(q, k, v, igate, fgate, start, state: MlstmState | None, want_state: bool, gate_cap: float | None, eps: float):
     """h and the final state (None unless wanted), differentiable."""
-    run = mlstm_op if torch.compiler.is_compiling() else _Mlstm.apply
-    h, c, n, m, *_ = run(q, k, v, igate, fgate, start, *_initial(state), want_state, _no_cap(gate_cap), eps)
-    return h, MlstmState(c, n, m.detach()) if want_state else None
+    arguments = (q, k, v, igate, fgate, start, *_initial(state), want_state, _no_cap(gate_cap), eps)
+    if torch.compiler.is_compiling():
+        h, *end = mlstm_op(*arguments)[:4]
+    elif not torch.is_grad_enabled():
+        h, *end, _ = launch.forward(*arguments, _config(q, v))
+    elif want_state:
+        h, *end = _Mlstm.apply(*arguments)
+    else:
+        return _Mlstm.apply(*arguments), None
+    return h, MlstmState(end[0], end[1], end[2].detach()) if want_state else None
 
 
 def mlstm_fused_cell(
@@ -264,9 +267,12 @@ def mlstm_fused_cell(
 ) -> Tensor:
     """The gated, normed h, differentiable in the initial state as well."""
     arguments = (q, k, v, igate, fgate, ogate, norm_weight, start, *_initial(state), _no_cap(gate_cap), eps, norm_eps)
-    return mlstm_fused_op(*arguments)[0] if torch.compiler.is_compiling() else _MlstmFused.apply(*arguments)
+    if torch.compiler.is_compiling():
+        return mlstm_fused_op(*arguments)[0]
+    return _MlstmFused.apply(*arguments) if torch.is_grad_enabled() else _fused_forward(*arguments)[0]
 
 
 def mlstm_step_cell(q, k, v, igate, fgate, state: MlstmState, gate_cap: float | None, eps: float) -> tuple[Tensor, MlstmState]:
-    h, *new = mlstm_step_op(q, k, v, igate, fgate, *state, _no_cap(gate_cap), eps)
+    run = mlstm_step_op if torch.compiler.is_compiling() else _step
+    h, *new = run(q, k, v, igate, fgate, *state, _no_cap(gate_cap), eps)
     return h, MlstmState(*new)

@@ -1,0 +1,86 @@
+"""Launches that skip Triton's JIT are those that it would have made: strides, alignment, flags, lengths after calls of another kind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from swax_megatron.kernels import launching
+from swax_megatron.kernels.mlstm import mlstm, mlstm_fused
+
+from .test_kernels import error, gradients, make_inputs
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+
+def moved(x: torch.Tensor, offset: int, pad: int) -> torch.Tensor:
+    """The values of x at an address `offset` elements on, with `pad` elements between its rows."""
+    *shape, d = x.shape
+    room = torch.empty(offset + x.numel() // d * (d + pad), dtype=x.dtype, device=x.device)
+    view = room[offset:].view(*shape, d + pad)[..., :d]
+    view.copy_(x.detach())
+    return view.requires_grad_()
+
+
+@pytest.mark.parametrize("offset, pad", [(1, 0), (0, 1), (3, 8), (8, 24), (0, 16)])
+def test_views_of_any_alignment_after_an_aligned_call(offset, pad):
+    inputs = make_inputs(1, 300, 2, 64, 128, "mixed")
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    exact = gradients(mlstm(*wide), wide)
+    first = gradients(mlstm(*inputs, backend="triton"), inputs)
+    for one in (0, 1, 2, None):  # q, k or v alone, and all three
+        views = [moved(x, offset, pad) if i < 3 and one in (i, None) else x for i, x in enumerate(inputs)]
+        for _ in range(2):  # through the JIT, then directly
+            found = gradients(mlstm(*views, backend="triton"), views)
+            assert max(error(a, b) for a, b in zip(found, exact, strict=True)) < 1e-2
+    again = gradients(mlstm(*inputs, backend="triton"), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_direct_calls_repeat_the_first_and_take_new_lengths():
+    inputs = make_inputs(2, 515, 3, 64, 128, "mixed")
+    ogate, weight = torch.randn_like(inputs[2]).requires_grad_(), torch.rand(384, device="cuda").requires_grad_()
+    leaves = [*inputs, ogate, weight]
+    boundaries = torch.tensor([0, 100, 515, 1030], dtype=torch.int32, device="cuda")
+    launching._known.clear()
+    runs = [gradients(mlstm_fused(*leaves, cu_seqlens=c, backend="triton"), leaves) for c in (None, boundaries) * 3]
+    for i, run in enumerate(runs):
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[i % 2], strict=True))
+    assert launching._known and not torch.equal(runs[0][0], runs[1][0])
+    for length in (1, 130, 515):  # the same strides but for the batch's, another number of chunks
+        part = [x[:1, :length] for x in (*inputs, ogate)]
+        whole = mlstm_fused(*[x[:1] for x in (*inputs, ogate)], weight, backend="triton")[:, :length]
+        found = mlstm_fused(*part, weight, backend="triton")
+        assert error(found, whole) < 2e-3
+
+
+def test_launch_hooks_see_every_launch():
+    from triton import knobs
+
+    inputs, seen = [x.detach() for x in make_inputs(1, 64, 1, 64, 64, "mixed")], []
+
+    def hook(metadata):
+        seen.append(metadata.get()["name"])
+
+    with torch.no_grad():
+        expected = mlstm(*inputs, backend="triton")
+        knobs.runtime.launch_enter_hook.add(hook)
+        try:
+            hooked = mlstm(*inputs, backend="triton")
+        finally:
+            knobs.runtime.launch_enter_hook.remove(hook)
+        assert "outputs" in seen and torch.equal(hooked, expected)
+        count = len(seen)
+        assert torch.equal(mlstm(*inputs, backend="triton"), expected) and len(seen) == count
+
+
+def test_captured_in_a_graph():
+    inputs = [x.detach() for x in make_inputs(1, 300, 2, 64, 128, "mixed")]
+    with torch.no_grad():
+        expected = mlstm(*inputs, backend="triton")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            h = mlstm(*inputs, backend="triton")
+        h.zero_()
+        graph.replay()
+    assert torch.equal(h, expected)
