@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from statistics import median
 from typing import Any
 
@@ -52,8 +53,9 @@ def _time(model: nn.Module, loss: Loss, config: Config, count: int, steps: int, 
             value = loss(batch[:, :-1], batch[:, 1:]) / count
             value.backward()
             total += value.detach()
+        found = float(total)  # waits for the device; the update runs on while the next step is prepared, as in our trainer
         update()
-        return float(total), time.perf_counter() - started
+        return found, time.perf_counter() - started
 
     began = time.perf_counter()
     step(), step()
@@ -92,12 +94,13 @@ class Update:
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         torch._foreach_copy_(self.weights, self.masters)
-        if self.weights[0].is_cuda:
-            torch.cuda.synchronize()
 
 
-def llama(config: Config, where: torch.device, *, attention: str = "sdpa", compiled: bool = False) -> tuple[nn.Module, Loss]:
-    """Hugging Face's Llama; attention "causal": scaled_dot_product_attention with is_causal and no mask, so that blocks are skipped."""
+def llama(config: Config, where: torch.device, *, attention: str = "sdpa", compiled: str = "") -> tuple[nn.Module, Loss]:
+    """Hugging Face's Llama; attention "causal": scaled_dot_product_attention with is_causal and no mask, so that blocks are skipped.
+
+    compiled: "whole", model and loss in one graph; "layers", every layer and the loss by itself; "": eager
+    """
     import transformers
 
     if attention == "causal":
@@ -122,13 +125,25 @@ def llama(config: Config, where: torch.device, *, attention: str = "sdpa", compi
     shape._attn_implementation = attention
     with torch.device(where):
         built = transformers.LlamaForCausalLM(shape).to(torch.bfloat16).train()
-    forward = torch.compile(built) if compiled else built
+
+    def plain(ids_bt: Tensor, targets_bt: Tensor) -> Tensor:
+        return _loss(built(input_ids=ids_bt).logits, targets_bt)
+
+    if not compiled:
+        return built, plain
+    if compiled == "whole":
+        run = torch.compile(plain)
+    else:
+        for layer in built.model.layers:
+            layer.compile()
+        losses = torch.compile(_loss)
+
+        def run(ids_bt: Tensor, targets_bt: Tensor) -> Tensor:
+            return losses(built(input_ids=ids_bt).logits, targets_bt)
 
     def loss(ids_bt: Tensor, targets_bt: Tensor) -> Tensor:
-        if not compiled or not ids_bt.is_cuda:
-            return _loss(forward(input_ids=ids_bt).logits, targets_bt)
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
-            return _loss(forward(input_ids=ids_bt).logits, targets_bt)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION) if ids_bt.is_cuda else nullcontext():
+            return run(ids_bt, targets_bt)
 
     return built, loss
 
@@ -224,8 +239,9 @@ def _loss(logits: Tensor, targets_bt: Tensor) -> Tensor:
 
 BUILD: dict[str, Callable[[Config, torch.device], tuple[nn.Module, Loss]]] = {
     "llama": llama,
-    "llama-compiled": lambda config, where: llama(config, where, compiled=True),
-    "llama-compiled-causal": lambda config, where: llama(config, where, attention="causal", compiled=True),
+    "llama-layers-causal": lambda config, where: llama(config, where, attention="causal", compiled="layers"),
+    "llama-compiled": lambda config, where: llama(config, where, compiled="whole"),
+    "llama-compiled-causal": lambda config, where: llama(config, where, attention="causal", compiled="whole"),
     "megatron-gpt": megatron_gpt,
     "xlstm": xlstm,
 }

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,14 +25,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.step_parts import marked, measure
+from benchmarks.step_parts import idle, marked, measure
 from swax_megatron.config import load_config
 from swax_megatron.hardware import known_peak
 from swax_megatron.parallel import device
 from swax_megatron.train import quiet_libraries
 from swax_megatron.validate import validate
 
-PEERS = ("llama", "llama-compiled", "llama-compiled-causal", "megatron-gpt", "xlstm")
+PEERS = ("llama", "llama-layers-causal", "llama-compiled", "llama-compiled-causal", "megatron-gpt", "xlstm")
 EPILOG = """example (the 1.4B model, one row of 16,384 tokens a micro-batch, and every peer, on one H100):
   python -m benchmarks.train_step configs/swax_1p4b.yaml parallel.tensor=1 --shapes 1x16384 4x4096 --accumulate 1 8 --profile --peers all
 """
@@ -60,10 +62,15 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="section.field=value; the layout must be that of one process")
     parser.add_argument("--shapes", nargs="+", default=["1x16384"], help="rows x tokens of a micro-batch (default: 1x16384)")
     parser.add_argument("--accumulate", nargs="+", type=int, default=[1, 8], help="micro-batches an update (default: 1 8)")
+    parser.add_argument("--recompute", nargs="+", choices=("none", "selective"), help="of our side (default: train.recompute)")
+    parser.add_argument("--fp8", action="store_true", help="every case of ours again with the projections in 8 bits")
+    parser.add_argument("--quick-start", action="store_true", help="all our weights drawn on the device at once, not by their names")
     parser.add_argument("--steps", type=int, default=10, help="timed updates of each case (default: %(default)s)")
     parser.add_argument("--data", type=Path, help="shards written by data_prep/shard.py (default: random documents)")
-    parser.add_argument("--profile", action="store_true", help="also where the GPU's time goes, from one more update of each case")
+    profile = "also where the GPU's time goes, from one more update of each case with the first --accumulate"
+    parser.add_argument("--profile", action="store_true", help=profile)
     parser.add_argument("--peers", nargs="*", default=[], help=f"'all' or some of {', '.join(PEERS)}")
+    parser.add_argument("--peers-only", action="store_true", help="leave our side out")
     parser.add_argument("--out", type=Path, help="append the lines to this file as well")
     parser.add_argument("--side", help=argparse.SUPPRESS)  # one side in this process
     options = parser.parse_intermixed_args()
@@ -75,7 +82,7 @@ def main() -> int:
     if options.side is not None:
         one_side(options)
         return 0
-    sides = ["ours", *(PEERS if options.peers == ["all"] else options.peers)]
+    sides = [*([] if options.peers_only else ["ours"]), *(PEERS if options.peers == ["all"] else options.peers)]
     failed = 0
     with tempfile.TemporaryDirectory() as work:
         if options.data is None:
@@ -83,17 +90,21 @@ def main() -> int:
         for side in sides:
             arguments = ["--data", f"{work}/data"] if options.data is None else []
             command = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], *arguments, "--side", side]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "SWAX_BENCHMARK_WORK": work}, check=False)
-            lines = done.stdout.splitlines()
-            if done.returncode:
+            environment = {**os.environ, "SWAX_BENCHMARK_WORK": work}
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+                for line in process.stdout:
+                    tell(line.rstrip(), options.out)
+            if process.returncode:
                 failed += 1
-                lines.append(json.dumps({"case": "training step", "side": side, "failed": f"exit code {done.returncode}"}))
-            for line in lines:
-                print(line, flush=True)
-                if options.out is not None:
-                    with options.out.open("a", encoding="utf-8") as file:
-                        file.write(line + "\n")
+                tell(json.dumps({"case": "training step", "side": side, "failed": f"exit code {process.returncode}"}), options.out)
     return 1 if failed else 0
+
+
+def tell(line: str, out: Path | None) -> None:
+    print(line, flush=True)
+    if out is not None and line.startswith("{"):
+        with out.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 def check(options: argparse.Namespace) -> None:
@@ -135,88 +146,104 @@ def settings(options: argparse.Namespace, shape: str, accumulate: int) -> Any:
 def one_side(options: argparse.Namespace) -> None:
     """Every case of one side, a line each."""
     cuda = torch.cuda.is_available()
-    for shape in options.shapes:
-        measured = ours(options, shape) if options.side == "ours" else peer(options, shape)
-        for case in measured:
-            line = {
-                "case": f"training step of {Path(options.config).stem}",
-                "side": options.side,
-                "shape": shape,
-                **case,
-                "device": torch.cuda.get_device_name() if cuda else "CPU",
-                "torch": torch.__version__,
-                "date": time.strftime("%F"),
-                "command": "python -m benchmarks.train_step " + " ".join(sys.argv[1 : sys.argv.index("--side")]),
-            }
-            print(json.dumps(line), flush=True)
+    for case in ours(options) if options.side == "ours" else peer(options):
+        line = {
+            "case": f"training step of {Path(options.config).stem}",
+            "side": options.side,
+            **case,
+            "device": torch.cuda.get_device_name() if cuda else "CPU",
+            "torch": torch.__version__,
+            "date": time.strftime("%F"),
+            "command": "python -m benchmarks.train_step " + " ".join(sys.argv[1 : sys.argv.index("--side")]),
+        }
+        print(json.dumps(line), flush=True)
 
 
-def peer(options: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
+def peer(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from benchmarks.step_peers import cases
 
-    return cases(options.side, settings(options, shape, 1), options.accumulate, options.steps)
+    for shape in options.shapes:
+        for case in cases(options.side, settings(options, shape, 1), options.accumulate, options.steps):
+            yield {"shape": shape, **case}
 
 
-def ours(options: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
-    """Our trainer at every window and number of micro-batches."""
+def ours(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Our trainer at every shape, window and number of micro-batches. The model is built once: it does not depend on them."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         os.environ.setdefault(name, value)
     quiet_libraries()
     device.install_cpu_shim()
-    from swax_megatron.model.cost import training_flops
+    from swax_megatron.kernels.fp8 import Weights
+    from swax_megatron.model import parameters
+    from swax_megatron.model.linear import ColumnLinear, RowLinear
     from swax_megatron.model.swax import build_model
     from swax_megatron.model.window import WindowSchedule
     from swax_megatron.optim.build import build_optimizer
     from swax_megatron.parallel import groups
     from swax_megatron.sources import build_mixture
-    from swax_megatron.trainer import Trainer
+    from swax_megatron.trainer import Trainer, spare_collector
 
-    config = settings(options, shape, 1)
+    config = settings(options, options.shapes[0], 1)
     joined = groups.initialize(config)
+    if options.quick_start:
+        parameters.fill = lambda block, *_: block.normal_(0.0, config.model.init_std)
     cuda = joined.device.type == "cuda"
-    peak = known_peak(torch.cuda.get_device_name()) if cuda else None
     began = time.perf_counter()
     backend = build_optimizer(config, build_model(config, joined), joined)
     build_seconds = time.perf_counter() - began
-    found = []
-    for accumulate in options.accumulate:
+    spare_collector()
+    products = [False, True] if options.fp8 else [config.train.fp8]
+    cases = itertools.product(options.shapes, options.accumulate, options.recompute or [config.train.recompute], products)
+    for shape, accumulate, recompute, small in cases:
         config = settings(options, shape, accumulate)
+        for chunk in backend.chunks:
+            chunk.config.recompute_granularity = None if recompute == "none" else recompute
+            for module in chunk.modules():
+                if isinstance(module, (ColumnLinear, RowLinear)):
+                    module.small = Weights() if small else None
         trainer = Trainer(config, joined, backend, build_mixture(config, config.data.train, "train", config.train.data_seed))
         for window in sorted(set(config.window.windows)):
             fixed = dataclasses.replace(config.window, schedule="fixed", windows=[window], anneal_fraction=0.0, anneal_window=window)
             trainer.windows = WindowSchedule.from_config(dataclasses.replace(config, window=fixed))
-            first = trainer.train_step()  # compiles, allocates
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-            steps = [trainer.train_step() for _ in range(options.steps)]
-            seconds = median(step.seconds for step in steps)
-            rate = steps[0].tokens / seconds
-            flops = training_flops(config.model, config.data.sequence_length, steps[0].windows)
-            case = {
-                "window": window,
-                "micro-batches": accumulate,
-                "recompute": config.train.recompute,
-                "seconds": round(seconds, 4),
-                "slowest": round(max(step.seconds for step in steps), 4),
-                "first": round(first.seconds, 2),
-                "tokens_per_second": round(rate),
-                "model_tflops": round(flops * rate / 1e12, 1),
-                "mfu": round(flops * rate / 1e12 / peak, 4) if peak else None,
-                "data_wait": round(median(step.metrics["time/data_wait_fraction"] for step in steps), 5),
-                "loss": round(steps[-1].metrics["loss/train"], 4),
-                "build_seconds": round(build_seconds, 1),
-            }
-            if cuda:
-                case |= {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
-            if options.profile:
-                calls = {(backend, "update"): "update", (backend, "reduce"): "gradient norm", (trainer.feed, "take"): "data"}
-                with marked(modules(backend.chunks), calls):
-                    profiled = measure(trainer.train_step, cuda)
-                case |= {"profile": profiled, "launch_gaps": round(1.0 - profiled["busy_s"] / seconds, 4)}
-            found.append(case)
+            measured = one_case(trainer, options, cuda, options.profile and accumulate == options.accumulate[0])
+            named = {"shape": shape, "window": window, "micro-batches": accumulate, "recompute": recompute, "fp8": small}
+            yield named | measured | {"build_seconds": round(build_seconds, 1)}
         trainer.feed.close()
     groups.shut_down()
-    return found
+
+
+def one_case(trainer: Any, options: argparse.Namespace, cuda: bool, profiled: bool) -> dict[str, Any]:
+    """Figures of a trainer's steps as it stands."""
+    from swax_megatron.model.cost import training_flops
+
+    config = trainer.config
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    first = trainer.train_step()  # compiles, allocates
+    steps = [trainer.train_step() for _ in range(options.steps)]
+    seconds = median(step.seconds for step in steps)
+    rate = steps[0].tokens / seconds
+    flops = training_flops(config.model, config.data.sequence_length, steps[0].windows) * rate
+    peak = known_peak(torch.cuda.get_device_name()) if cuda else None
+    case = {
+        "seconds": round(seconds, 4),
+        "slowest": round(max(step.seconds for step in steps), 4),
+        "first": round(first.seconds, 2),
+        "tokens_per_second": round(rate),
+        "model_tflops": round(flops / 1e12, 1),
+        "mfu": round(flops / 1e12 / peak, 4) if peak else None,
+        "data_wait": round(median(step.metrics["time/data_wait_fraction"] for step in steps), 5),
+        "loss": round(steps[-1].metrics["loss/train"], 4),
+    }
+    if cuda:
+        case["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        gaps, pauses = idle(trainer.train_step, times=3 if config.train.global_batch_size == config.train.micro_batch_size else 1)
+        case |= {"launch_gaps": round(gaps, 4), "pauses_ms": pauses}
+    if profiled:
+        calls = {(trainer.backend, "update"): "update", (trainer.backend, "reduce"): "gradient norm", (trainer.feed, "take"): "data"}
+        with marked(modules(trainer.backend.chunks), calls):
+            case["profile"] = measure(trainer.train_step, cuda)
+    return case
 
 
 def modules(chunks: list[torch.nn.Module]) -> dict[torch.nn.Module, str]:

@@ -18,12 +18,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.points import point
 from launcher.policy import Action, Ledger, decide, give_up, outcome
 from launcher.preflight import VERDICT
 from launcher.run import make_plan
 from launcher.snapshot import absolute, take
 from launcher.supervise import add_limits, limits_of
-from launcher.sweep import point
 from swax_megatron.config import load_config
 from swax_megatron.errors import ExitCode
 from swax_megatron.validate import validate_run_dir

@@ -102,6 +102,15 @@ def choose_processes(config: Config, gpus: int, requested: int | None, nodes: in
     return processes
 
 
+def check_fit(config: Config, nodes: int, gpus: int) -> int:
+    """The processes that would be started on nodes with ``gpus`` each (0: on the CPU); ValueError where the configuration does not fit."""
+    validate(config, cuda=gpus > 0)
+    processes = choose_processes(config, gpus, None, nodes)
+    validate(config, processes, cuda=gpus > 0)
+    validate_inputs(config)
+    return processes
+
+
 def make_plan(config: Config, arguments: Sequence[str], requested: int | None, nodes: int = 1) -> Plan:
     """Check the configuration against this machine. arguments: what the workers get (config path, overrides)."""
     if nodes < 1:
@@ -120,6 +129,8 @@ def make_plan(config: Config, arguments: Sequence[str], requested: int | None, n
     }
     if nodes == 1:
         environment["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")  # never the outside network
+    if gpus and config.parallel.tensor > 1 and config.parallel.overlap:
+        environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # kernels begin in the order in which they are launched: transfers first
     if not gpus:
         environment["DS_ACCELERATOR"] = "cpu"
     return Plan(

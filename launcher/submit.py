@@ -2,7 +2,7 @@
 
 Refused before anything is queued: a configuration that does not fit the nodes and GPUs, data that is missing, a run
 directory that cannot be written or that another job of yours is using, an unknown partition, more nodes, GPUs or time than it
-has, no scratch folder. Sweeps become job arrays, one run a point (launcher/sweep.py); --chain queues successors.
+has, no scratch folder. Sweeps become job arrays, one run a point (launcher/points.py); --chain queues successors.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.run import choose_processes
+from launcher.points import Sweep, read_sweep, write_points
+from launcher.run import check_fit
 from launcher.slurm import COMMENT, Job, Partition, ask, directive, duration, gpu_count, lead, our_jobs, partitions, read_site
 from launcher.snapshot import absolute
-from launcher.sweep import Sweep, read_sweep, write_points
 from swax_megatron.checkpoint.folder import latest
 from swax_megatron.config import load_config
 from swax_megatron.errors import ExitCode
 from swax_megatron.schema import Config
-from swax_megatron.validate import model_parallel_size, validate, validate_inputs, validate_run_dir
+from swax_megatron.validate import model_parallel_size, validate_run_dir
 
 HOME = Path(__file__).resolve().parent.parent
 EPILOG = """\
@@ -76,15 +76,6 @@ def check_allocation(partition: Partition, nodes: int, gpus: int | None, limit: 
             "give more time, or a shorter lead, e.g. SBATCH_SIGNAL=B:USR1@120"
         )
     return partition.gpus if gpus is None else gpus
-
-
-def check_fit(config: Config, nodes: int, gpus: int) -> int:
-    """The processes that the job will start; ValueError where the configuration cannot run on such an allocation."""
-    validate(config, cuda=gpus > 0)
-    processes = choose_processes(config, gpus, None, nodes)
-    validate(config, processes, cuda=gpus > 0)
-    validate_inputs(config)
-    return processes
 
 
 def check_run_dir(config: Config, scratch: str, queue: Sequence[Job], after: str | None) -> None:

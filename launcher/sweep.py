@@ -1,91 +1,195 @@
-"""Sweeps: one YAML file, a grid over any fields of the configuration, one run a point.
+"""Run a sweep on this machine: a grid over any fields of the configuration in one YAML file, a few points at a time.
 
-    base: configs/demo.yaml
-    overrides: [train.steps=200]          # for every point
-    concurrent: 4                         # points that run at once
-    grid:
-      optimizer.learning_rate: [1.0e-3, 3.0e-3]
-      parallel.tensor: [1, 2]
-
-Every point runs in a directory of its own under the base's run_dir, named after its values.
+All points are checked before the first starts. A point runs as ``python -m launcher.run`` would run it, in a directory of its own;
+what it prints is in its console.log. With several points at once (concurrent: in the file, or --concurrent) the GPUs are shared out
+among them. A point that fails does not stop the others. SIGTERM, SIGINT and SIGUSR1 are passed on: what runs saves, the rest is not
+begun, and the same command goes on there. Exit codes: 0 when every point is finished, 1 when one failed, 75 when it was stopped.
+On a cluster: ``python -m launcher.submit --sweep FILE``.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
+import argparse
 import os
-import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
+import torch
 
+from launcher.points import Sweep, read_sweep
+from launcher.policy import SIGNALLED
+from launcher.run import check_fit
+from swax_megatron.checkpoint.folder import newest_step
 from swax_megatron.config import load_config
+from swax_megatron.errors import ExitCode
+from swax_megatron.schema import Config
+from swax_megatron.validate import validate_run_dir
 
-_KEYS = {"base", "overrides", "grid", "concurrent"}
-_NAME_LENGTH = 120
+EPILOG = """\
+example:
+  python -m launcher.sweep configs/sweep_windows.yaml
+  python -m launcher.sweep configs/sweep_windows.yaml train.steps=20 --concurrent 2
+  python -m launcher.sweep configs/sweep_windows.yaml --dry-run
+
+a sweep file:
+  base: configs/demo.yaml
+  overrides: [train.steps=200]
+  concurrent: 4
+  grid: {optimizer.learning_rate: [1.0e-3, 3.0e-3], parallel.tensor: [1, 2]}
+"""
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """points: the overrides of each run, its run_dir among them; concurrent: how many run at once, None for all."""
+@dataclass
+class Point:
+    """One run of a sweep, and the process that it has while it runs."""
 
-    base: str
-    run_dir: str
-    points: list[list[str]]
-    concurrent: int | None
+    overrides: list[str]
+    config: Config
+    process: subprocess.Popen | None = None
+    slot: int = 0
+    started: float = 0.0
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run_dir)
+
+    @property
+    def finished(self) -> bool:
+        """Whether an earlier call brought it to its end; with another configuration the run itself tells what may change."""
+        stored = self.folder / "config.yaml"
+        return newest_step(self.folder / "checkpoints") >= self.config.train.steps and load_config(stored) == self.config
 
 
-def read_sweep(path: str | Path, extra: list[str]) -> Sweep:
-    """The points of a sweep file. extra: overrides for every point, stronger than the file's. Raises ValueError."""
+class Grid:
+    """Starts points in free slots until all are done."""
+
+    def __init__(self, base: str, points: Sequence[Point], concurrent: int, gpus: Sequence[str]) -> None:
+        self.base, self.waiting, self.concurrent = base, list(points), concurrent
+        self.shares = share_out(gpus, concurrent)
+        self.running: list[Point] = []
+        self.failed: list[Point] = []
+        self.stopped = False  # a point saved and ended before its last step
+        self.told: int | None = None  # the signal this program had
+
+    def stop(self, number: int, _: object) -> None:
+        """Signal handler: begin nothing more; let what runs save."""
+        if self.told is None:
+            self.told = number
+            for point in self.running:
+                point.process.send_signal(number)
+
+    def run(self) -> int:
+        """Until the end; the exit code."""
+        while self.running or (self.waiting and self.told is None):
+            while self.waiting and len(self.running) < self.concurrent and self.told is None:
+                self._start(self.waiting.pop(0))
+            time.sleep(0.2)
+            for point in [point for point in self.running if point.process.poll() is not None]:
+                self.running.remove(point)
+                self._ended(point)
+        if self.failed:
+            return ExitCode.RUN_ERROR
+        return ExitCode.PREEMPTED if self.stopped or self.waiting else ExitCode.FINISHED
+
+    def _start(self, point: Point) -> None:
+        point.slot = min(set(range(self.concurrent)) - {other.slot for other in self.running})
+        environment = dict(os.environ)
+        if self.shares:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.shares[point.slot])
+        command = [sys.executable, "-m", "launcher.run", self.base, *point.overrides]
+        point.folder.mkdir(parents=True, exist_ok=True)
+        point.started = time.monotonic()
+        with (point.folder / "console.log").open("a") as console:
+            point.process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        self.running.append(point)
+        print(f"{point.folder.name}: started, see {point.folder}/console.log", file=sys.stderr, flush=True)
+        if self.told is not None:  # a signal that came while the process was made
+            point.process.send_signal(self.told)
+
+    def _ended(self, point: Point) -> None:
+        code, seconds = point.process.returncode, time.monotonic() - point.started
+        code = code if code >= 0 else 128 - code
+        if code == ExitCode.FINISHED:
+            how = "finished"
+        elif code == ExitCode.PREEMPTED or (self.told is not None and code in SIGNALLED):
+            how, self.stopped = "stopped", True
+        else:
+            how = f"failed with code {code}, see {point.folder}/console.log"
+            self.failed.append(point)
+        print(f"{point.folder.name}: {how} after {seconds:.0f} s", file=sys.stderr, flush=True)
+
+
+def share_out(gpus: Sequence[str], concurrent: int) -> list[list[str]]:
+    """The GPUs of every slot: equal shares, or one each that slots share where there are fewer GPUs. Empty on the CPU."""
+    if not gpus:
+        return []
+    each = max(1, len(gpus) // concurrent)
+    return [[gpus[(slot * each + number) % len(gpus)] for number in range(each)] for slot in range(concurrent)]
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES must say to name the GPUs this process sees."""
+    if not torch.cuda.is_available():
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def check(sweep: Sweep, share: int) -> list[Point]:
+    """Every point, with its configuration. share: GPUs a point has, 0 on the CPU. ValueError where one does not fit."""
+    points = [Point(overrides, load_config(sweep.base, overrides)) for overrides in sweep.points]
+    for point in points:
+        try:
+            check_fit(point.config, 1, share)
+        except ValueError as error:
+            raise ValueError(f"{point.folder.name}: {error}") from error
+    return points
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m launcher.sweep", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sweep", metavar="FILE", help="a sweep file (docs/slurm.md, Sweeps)")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="overrides of every point")
+    parser.add_argument("--concurrent", type=int, metavar="N", help="points that run at once (default: the file's, or 1)")
+    parser.add_argument("--dry-run", action="store_true", help="check, print the command of every point, start nothing")
+    options = parser.parse_intermixed_args(argv)
     try:
-        raw: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"sweep {path} cannot be read ({error}); see python -m launcher.submit --help for its form") from error
-    if not isinstance(raw, dict) or not isinstance(raw.get("base"), str) or set(raw) - _KEYS:
-        raise ValueError(f"sweep {path}: give base: CONFIG and grid: {{field: [values]}}, and of others only overrides and concurrent")
-    grid, common, concurrent = raw.get("grid"), raw.get("overrides", []), raw.get("concurrent")
-    if not isinstance(grid, dict) or not grid or not all(isinstance(values, list) and values for values in grid.values()):
-        raise ValueError(f"sweep {path}: grid: must name at least one field with a list of values")
-    if not isinstance(common, list) or not all(isinstance(item, str) and "=" in item for item in common):
-        raise ValueError(f"sweep {path}: overrides: must be a list of section.field=value")
-    if "run_dir" in grid:
-        raise ValueError(f"sweep {path}: grid.run_dir: every point gets a folder of its own; put run_dir=FOLDER into overrides")
-    if concurrent is not None and (not isinstance(concurrent, int) or isinstance(concurrent, bool) or concurrent < 1):
-        raise ValueError(f"sweep {path}: concurrent={concurrent!r}: must be a whole number of at least 1")
-    common = [*common, *extra]
-    folder = load_config(raw["base"], common).run_dir
-    points = []
-    for number, values in enumerate(itertools.product(*grid.values())):
-        chosen = dict(zip(grid, values, strict=True))
-        label = "_".join(f"{field.rsplit('.', 1)[-1]}={_plain(value)}" for field, value in chosen.items())
-        name = f"{number:03d}_{label}"[:_NAME_LENGTH]
-        points.append([*common, *(f"{field}={json.dumps(value)}" for field, value in chosen.items()), f"run_dir={folder}/{name}"])
-    return Sweep(raw["base"], folder, points, concurrent)
+        sweep = read_sweep(options.sweep, options.overrides)
+        concurrent = sweep.concurrent or 1 if options.concurrent is None else options.concurrent
+        if concurrent < 1:
+            raise ValueError(f"--concurrent {concurrent}: must be at least 1")
+        gpus = visible_gpus()
+        points = check(sweep, max(1, len(gpus) // concurrent) if gpus else 0)
+        if options.dry_run:
+            for point in points:
+                print(shlex.join([sys.executable, "-m", "launcher.run", sweep.base, *point.overrides]))
+            return 0
+        for point in points:
+            validate_run_dir(point.config)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ExitCode.USER_ERROR
+    left = [point for point in points if not point.finished]
+    print(f"{len(points)} points, {len(points) - len(left)} of them finished before, {concurrent} at a time", file=sys.stderr, flush=True)
+    grid = Grid(sweep.base, left, concurrent, gpus)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, grid.stop)
+    code = grid.run()
+    if code == ExitCode.FINISHED and len(points) > 1:
+        folders = shlex.join(str(point.folder) for point in points)
+        print(f"side by side: python -m swax_megatron.eval.compare {folders} --out {sweep.run_dir}/comparison", file=sys.stderr)
+    return code
 
 
-def _plain(value: Any) -> str:
-    """A value as part of a folder's name."""
-    return re.sub(r"[^\w.+-]+", "-", value if isinstance(value, str) else json.dumps(value)).strip("-")
-
-
-def write_points(sweep: Sweep, stamp: str) -> Path:
-    """Freeze the points for the array job that will read them: ``run_dir/sweep_<stamp>.json``."""
-    folder = Path(sweep.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"sweep_{stamp}.json"
-    aside = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-    aside.write_text(json.dumps(sweep.points, indent=1), encoding="utf-8")
-    aside.replace(target)
-    return target
-
-
-def point(reference: str) -> list[str]:
-    """The overrides of one point. reference: FILE:INDEX, the file of ``write_points``."""
-    path, _, index = reference.rpartition(":")
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))[int(index)]
-    except (OSError, ValueError, IndexError) as error:
-        raise ValueError(f"--sweep {reference}: cannot be read ({error}); submit the sweep again with launcher.submit") from error
+if __name__ == "__main__":
+    sys.exit(main())

@@ -39,7 +39,7 @@ examples:
   python scripts/reproduce_effect.py                                      # every unit that is not stored yet, then the report
   python scripts/reproduce_effect.py --arms small,large --minutes 9       # ends what is not done after nine minutes; call again
   python scripts/reproduce_effect.py --experiment configs/text --data data/text \\
-      --work runs/text --results benchmarks/results/text
+      --work runs/text --results runs/text/results
   python -m swax_megatron.eval.study benchmarks/results/effect            # the report of what is stored
 """
 

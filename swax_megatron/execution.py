@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from swax_megatron.data.packing import Batch
+from swax_megatron.kernels import fp8
 from swax_megatron.parallel.context import sequence_context
 from swax_megatron.parallel.groups import Groups
 from swax_megatron.parallel.schedule import pipeline_schedule
@@ -42,14 +43,25 @@ class Totals:
     busy: float = 0.0
 
 
-def run_microbatches(job: Pass, batches: Sequence[Batch], *, backward: bool) -> Totals:
+def run_microbatches(
+    job: Pass,
+    batches: Sequence[Batch],
+    *,
+    backward: bool,
+    watch: Callable[[Tensor, Batch], None] | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Totals:
     """Forward (and backward) of this rank's microbatches.
+
+    watch: on the last stage, gets (nats of every token (b, t), microbatch); meanwhile: called when all are under way, before the losses
+    are read.
 
     The loss is the sum over tokens divided by the number of unmasked targets of the **global** batch, never a mean of
     means: rows with few targets weigh little. The schedule divides by the number of microbatches and the optimizer
     averages over data- and context-parallel ranks; both are undone here.
     """
     groups, device = job.groups, job.groups.device
+    fp8.Weights.changed()
     mine = torch.stack([batch.loss_mask_bt.sum() for batch in batches]).sum()
     targets = mine.clone()
     dist.all_reduce(targets, group=groups.data)
@@ -63,6 +75,8 @@ def run_microbatches(job: Pass, batches: Sequence[Batch], *, backward: bool) -> 
         clock.stop()
 
         def loss_function(losses_lbt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            if watch is not None:
+                watch(losses_lbt[0], batch)
             entropy = (losses_lbt[0] * batch.loss_mask_bt).sum()
             objective = (losses_lbt.sum(0) * batch.loss_mask_bt).sum()  # with the z-loss, where it is on
             return objective * scale, {"loss": entropy.detach().clone()}  # the schedule scales the first in place
@@ -78,6 +92,7 @@ def run_microbatches(job: Pass, batches: Sequence[Batch], *, backward: bool) -> 
         backward=backward,
     )
     summed = torch.stack([report["loss"] for report in reports]).sum() if reports else torch.zeros((), device=device)
+    meanwhile()
     totals = _reduce(summed, mine, targets, groups, on_last_stage=bool(reports))  # reading the loss waits for the device
     return replace(totals, busy=clock.seconds())
 
@@ -110,4 +125,4 @@ def _reduce(summed: Tensor, mine: Tensor, targets: Tensor, groups: Groups, *, on
     worst = summed / mine.clamp(min=1.0) if on_last_stage else torch.full_like(summed, float("-inf"))
     dist.all_reduce(total)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    return Totals((total / targets.clamp(min=1.0)).item(), worst.item(), targets.item())
+    return Totals(*torch.stack([total / targets.clamp(min=1.0), worst, targets]).tolist())  # one wait for the device

@@ -130,6 +130,7 @@ class ParallelConfig:
         "layers of each stage (of each chunk, with virtual_pipeline, in the model's order); null: balanced by operations, head included",
     )
     context: int = _f(1, "ranks that share a row: each holds a piece; window halos and mLSTM memories travel between them")
+    overlap: bool = _f(False, "tensor-parallel transfers run beside the products that do not need them (not with zero_stage 3)")
 
 
 @dataclass
@@ -179,10 +180,13 @@ class TrainConfig:
     global_batch_size: int = _f(64, "rows an update over all ranks")
     batch_ramp: list[BatchPhase] = _f([], "smaller batches before global_batch_size is reached, e.g. [{until_step: 500, rows: 16}]")
     precision: Literal["bf16", "fp32"] = _f("bf16", "type of weights and activations; masters and optimizer state are fp32")
+    fp8: bool = _f(False, "matrix products of the layers' projections in 8 bits (Hopper GPUs only; docs/throughput.md)")
     recompute: Literal["none", "selective", "full"] = _f(
         "none", "activations recomputed in backward: none; selective, the mixers' cores; full, whole layers"
     )
-    loss_chunk: int = _f(1024, "tokens whose logits exist at a time, in forward and again in backward; 0: all of a micro-batch")
+    loss_chunk: int = _f(
+        1024, "tokens whose logits exist at a time, in forward and again in backward; 0: all, computed once and kept for backward"
+    )
     model_seed: int = _f(1, "seed of the initial weights")
     data_seed: int = _f(1, "seed of the data order")
     window_seed: int = _f(1, "seed of the window draws")

@@ -6,11 +6,11 @@ Everything optional is a callback (``swax_megatron/callbacks``). What a run carr
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from swax_megatron.batching import batch_rows
@@ -28,6 +28,12 @@ from swax_megatron.resilience.progress import OVER, Progress
 from swax_megatron.resilience.stop import StopRequest
 from swax_megatron.schema import Config
 from swax_megatron.state import Proposal, StepResult, TrainState
+
+
+def spare_collector() -> None:
+    """Python's garbage collector need not look through the model and the libraries again and again: it would stop a step for as long."""
+    gc.collect()
+    gc.freeze()
 
 
 class Trainer:
@@ -59,11 +65,13 @@ class Trainer:
         try:
             self._fit()
         finally:
+            gc.unfreeze()
             self.progress.enter(OVER, self.state.step)
             self.feed.close()
             self.backend.close()
 
     def _fit(self) -> None:
+        spare_collector()
         self.record("resume", step=self.state.step)
         for callback in self.callbacks:
             callback.on_start(self)
@@ -100,7 +108,8 @@ class Trainer:
 
         self.progress.enter("compute", step, size)
         self.backend.zero_grad(len(batches))
-        totals = run_microbatches(Pass(self.config, self.groups, self.backend.chunks, windows), batches, backward=True)
+        job = Pass(self.config, self.groups, self.backend.chunks, windows)
+        totals = run_microbatches(job, batches, backward=True, meanwhile=self.backend.begin_reduce)
         rate = learning_rate(self.config, step, self.state.tokens_seen)
         self.progress.enter("update", step, size)
         grad_norm = self.backend.reduce()
@@ -113,8 +122,7 @@ class Trainer:
                 callback.before_update(self)
             self.backend.update(rate)
         self.state = TrainState(step + 1, self.state.tokens_seen + tokens, data, self.state.guard)
-        if self.groups.device.type == "cuda":
-            torch.cuda.synchronize(self.groups.device)  # the update and the gathering of weights belong to this step
+        # a GPU's update runs on while the next step is prepared, and counts to that step's time: reading its loss waits for all
         seconds = time.perf_counter() - started
         metrics = {
             "loss/train": totals.loss,

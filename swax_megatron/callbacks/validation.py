@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from swax_megatron.callbacks.callback import Callback
+from swax_megatron.callbacks.positions import LossByPosition
 from swax_megatron.data.mixture import Mixture
 from swax_megatron.execution import Pass, run_microbatches
 from swax_megatron.state import StepResult
@@ -28,7 +29,9 @@ class Validation(Callback):
             result.metrics.update(self.losses(trainer))
 
     def losses(self, trainer: Trainer) -> dict[str, float]:
-        """Validation loss by TensorBoard name: the test window's, and each window's; nothing where the run is told to stop.
+        """Validation loss by TensorBoard name: the test window's, also by position, and each window's.
+
+        Nothing where the run is told to stop.
 
         A pass takes as many rows as a training step, so that a stop is noticed as soon as it is between steps.
         """
@@ -42,16 +45,17 @@ class Validation(Callback):
         for window in sorted({*config.window.windows, config.window.anneal_window, test}):
             job = Pass(config, trainer.groups, trainer.backend.chunks, trainer.windows.expand(window))
             summed = targets = 0.0
+            positions = LossByPosition(config.data.sequence_length, test, trainer.groups) if window == test else None
             for start in range(0, len(batches), size):
                 if trainer.stop.agree(trainer.groups.cpu):
                     return {}
                 with torch.no_grad():
-                    part = run_microbatches(job, batches[start : start + size], backward=False)
+                    part = run_microbatches(job, batches[start : start + size], backward=False, watch=positions and positions.add)
                 summed, targets = summed + part.loss * part.targets, targets + part.targets
             loss = summed / max(targets, 1.0)
             metrics[f"loss/validation/window_{window}"] = loss
-            if window == test:
-                metrics["loss/validation"] = loss
+            if positions is not None:
+                metrics |= {"loss/validation": loss, **positions.metrics()}
         return metrics
 
     def _batches(self, trainer: Trainer) -> list:

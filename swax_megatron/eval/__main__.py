@@ -10,6 +10,8 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--window", type=int, metavar="W", help="attention window of this evaluation (default: the model's test window)")
     made.add_argument("--dtype", choices=TYPES, help="default: bf16 on a GPU, fp32 on the CPU")
     made.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    made.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.model, for a checkpoint whose training data are not here")
     made.add_argument("--seed", type=int, default=42, help="of the generated samples (default 42, as RULER)")
     made.add_argument("--tensorboard", action="store_true", help="also write TensorBoard scalars")
     ruler = made.add_argument_group("RULER")
@@ -106,25 +109,31 @@ def evaluate(options: argparse.Namespace) -> None:
     dataset = ShardedDataset(options.data) if options.data else None
     cuda = options.device != "cpu" and torch.cuda.is_available()
     dtype = options.dtype or ("bf16" if cuda else "fp32")
-    subject = open_subject(options.model, window=options.window, dtype=dtype, device=options.device)
+    subject = open_subject(options.model, window=options.window, dtype=dtype, device=options.device, tokenizer=options.tokenizer)
     units = Units(options.out, _identity(subject, dtype))
     progress = Lines()
-    run(subject, units, tasks, lengths, options.samples, options.batch, materials, options.seed, progress)
+    problems = run(subject, units, tasks, lengths, options.samples, options.batch, materials, options.seed, progress)
     for task in recalls:
-        name = f"recall-{task.length}"
-        if units.get(name) is None:
-            found = recall.by_gap(subject, task, options.recall_rows, options.batch, options.seed, progress)
-            units.put(name, {"kind": "recall", **found})
-    if dataset is not None and units.get("perplexity") is None:
-        found = perplexity.by_position(subject, dataset, options.position_length, options.documents, progress)
-        units.put("perplexity", {"kind": "perplexity", **found})
-    if options.needles and units.get(f"needles-{options.needle_length}") is None:
-        found = needles.by_gap(subject, dataset, options.needle_length, options.needle_rows, options.batch, options.seed, progress)
-        units.put(f"needles-{options.needle_length}", {"kind": "needles", **found})
-    if options.memory and units.get("memory") is None:
-        found = memory_statistics(subject, dataset, options.memory_documents, options.memory_length, progress)
-        units.put("memory", {"kind": "memory", **found})
+        asked = {"task": asdict(task), "rows": options.recall_rows, "seed": options.seed}
+        work = partial(recall.by_gap, subject, task, options.recall_rows, options.batch, options.seed, progress)
+        units.add(f"recall-{task.length}", "recall", asked, work)
+    if dataset is not None:
+        data = str(dataset.path)
+        length, documents = options.position_length, options.documents
+        asked = {"data": data, "length": length, "documents": documents}
+        units.add("perplexity", "perplexity", asked, partial(perplexity.by_position, subject, dataset, length, documents, progress))
+    if options.needles:
+        length, rows = options.needle_length, options.needle_rows
+        asked = {"data": data, "rows": rows, "seed": options.seed}
+        work = partial(needles.by_gap, subject, dataset, length, rows, options.batch, options.seed, progress)
+        units.add(f"needles-{length}", "needles", asked, work)
+    if options.memory:
+        length, documents = options.memory_length, options.memory_documents
+        asked = {"data": data, "length": length, "documents": documents}
+        units.add("memory", "memory", asked, partial(memory_statistics, subject, dataset, documents, length, progress))
     print(write_report(options.out, options.tensorboard))
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 class Lines:

@@ -3,7 +3,7 @@
     python -m swax_megatron.eval.compare runs/w128 runs/w2048 runs/stochastic --out comparisons/windows
 
 A run is a run directory (config.yaml and metrics.jsonl). Its evaluation is what ``python -m swax_megatron.eval RUN --out
-RUN/evaluation`` stored. Written: compare.md, compare.json and PNG plots.
+RUN/evaluation`` stored; --evaluation names another folder of the runs. Written: compare.md, compare.json and PNG plots.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,8 @@ class Run:
     evaluation: dict[str, Any] | None
 
 
-def read_run(path: str | Path) -> Run:
-    """Raises ValueError where the folder is no run that has done a step."""
+def read_run(path: str | Path, evaluation: str = "evaluation") -> Run:
+    """evaluation: the folder of the run that holds its evaluation. Raises ValueError where ``path`` is no run that has done a step."""
     folder = Path(path)
     for name in ("config.yaml", "metrics.jsonl"):
         if not (folder / name).is_file():
@@ -45,13 +45,13 @@ def read_run(path: str | Path) -> Run:
     steps = read_metrics(folder)
     if not steps:
         raise ValueError(f"{folder}/metrics.jsonl holds no step; compare runs that have trained")
-    stored = folder / "evaluation"
-    evaluation = results(stored) if (stored / "evaluation.json").exists() else None
-    return Run(folder.name, _flat(to_dict(load_config(folder / "config.yaml"))), steps, evaluation)
+    stored = folder / evaluation
+    found = results(stored) if (stored / "evaluation.json").exists() else None
+    return Run(folder.name, _flat(to_dict(load_config(folder / "config.yaml"))), steps, found)
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
-    """Losses mean the same only over the same tokens: refuse runs with other vocabularies or validation sets."""
+    """Losses mean the same only over the same tokens: refuse runs with other vocabularies, validation sets or tested documents."""
     if len({run.name for run in runs}) < len(runs):
         raise ValueError(f"runs share a name ({', '.join(run.name for run in runs)}): give folders with different last parts")
     first = runs[0]
@@ -61,11 +61,21 @@ def check_comparable(runs: Sequence[Run]) -> None:
                 raise ValueError(
                     f"{run.name} and {first.name} cannot be compared: {field} differs ({run.config[field]!r} and {first.config[field]!r})"
                 )
+    tested = [(run.name, [b["tokens"] for e in run.evaluation["perplexity"] for b in e["by_position"]]) for run in runs if run.evaluation]
+    tested = [(name, tokens) for name, tokens in tested if tokens]
+    for name, tokens in tested[1:]:
+        if tokens != tested[0][1]:
+            raise ValueError(
+                f"{name} and {tested[0][0]} cannot be compared: their losses by position are of other documents "
+                f"({sum(tokens):,} and {sum(tested[0][1]):,} tokens); evaluate both with the same --data, --documents and --position-length"
+            )
 
 
-def compare(paths: Sequence[str | Path], out: str | Path) -> Path:
+def compare(paths: Sequence[str | Path], out: str | Path, evaluation: str = "evaluation") -> Path:
     """Write the comparison into ``out``; returns the path of compare.md."""
-    runs = [read_run(path) for path in paths]
+    runs = [read_run(path, evaluation) for path in paths]
+    if evaluation != "evaluation" and not any(run.evaluation for run in runs):
+        raise ValueError(f"--evaluation {evaluation}: none of the runs has a folder of this name with an evaluation in it")
     check_comparable(runs)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -75,10 +85,13 @@ def compare(paths: Sequence[str | Path], out: str | Path) -> Path:
     head = ["", *(run.name for run in runs)]
     lines = ["# Runs side by side", "", "## Configuration", "", *(_table(head, differences) if fields else ["No difference."])]
     lines += ["", "## Training", "", *_table(head, summary)]
-    lines += _evaluations(runs)
+    evaluations = _evaluations(runs)
+    for title, rows in evaluations.items():
+        lines += ["", f"## {title}", "", *_table(["", *(run.name for run in runs if run.evaluation)], rows)]
     plots = _draw(runs, out)
     lines += ["", *(f"![{path.stem}]({path.name})" for path in plots)]
-    write_json(out / "compare.json", {"runs": [str(path) for path in paths], "configuration": differences, "training": summary})
+    content = {"runs": [str(path) for path in paths], "configuration": differences, "training": summary, "evaluation": evaluations}
+    write_json(out / "compare.json", content)
     (out / "compare.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return out / "compare.md"
 
@@ -106,20 +119,44 @@ _SUMMARY = (
 )
 
 
-def _evaluations(runs: Sequence[Run]) -> list[str]:
-    evaluated = [run for run in runs if run.evaluation]
-    lines: list[str] = []
-    cells = {(e["task"], e["length"]): None for run in evaluated for e in run.evaluation["ruler"]}
-    if cells:
-        scores = [{(e["task"], e["length"]): e["score"] for e in run.evaluation["ruler"]} for run in evaluated]
-        rows = [[f"{task} at {length}", *(_shown(found.get((task, length))) for found in scores)] for task, length in sorted(cells)]
-        lines += ["", "## RULER (%)", "", *_table(["", *(run.name for run in evaluated)], rows)]
-    gaps = {(e["length"], g["from"], g["to"]): None for run in evaluated for e in run.evaluation["recall"] for g in e["by_gap"]}
-    if gaps:
-        found = [{(e["length"], g["from"], g["to"]): g["accuracy"] for e in r.evaluation["recall"] for g in e["by_gap"]} for r in evaluated]
-        rows = [[f"{gap[1]}-{gap[2] - 1} of {gap[0]}", *(_shown(one.get(gap)) for one in found)] for gap in sorted(gaps)]
-        lines += ["", "## Share recalled, by gap", "", *_table(["", *(run.name for run in evaluated)], rows)]
-    return lines
+Values = dict[Any, float]  # what an evaluation found, by what it is of
+_EVALUATIONS: tuple[tuple[str, Callable[[dict], Values], Callable[[Any], str]], ...] = (
+    ("RULER (%)", lambda found: {(e["task"], e["length"]): e["score"] for e in found["ruler"]}, lambda key: f"{key[0]} at {key[1]}"),
+    (
+        "Share recalled, by gap",
+        lambda found: {(e["length"], g["from"], g["to"]): g["accuracy"] for e in found["recall"] for g in e["by_gap"]},
+        lambda key: f"{key[1]}-{key[2] - 1} of {key[0]}",
+    ),
+    (
+        "Loss by position (nats)",
+        lambda found: {(b["from"], b["to"]): b["nats"] for e in found["perplexity"] for b in e["by_position"]},
+        lambda key: f"{key[0]}-{key[1] - 1}",
+    ),
+    (
+        "Loss saved by a needle, by gap (nats)",
+        lambda found: {(e["length"], g["gap"]): g["control_nats"] - g["nats"] for e in found["needles"] for g in e["by_gap"]},
+        lambda key: f"{key[1]} of {key[0]}",
+    ),
+    (
+        "Memory and attention, median head",
+        lambda found: {name: statistics.median(heads) for e in found["memory"] for name, heads in e["heads"].items()},
+        str,
+    ),
+)
+
+
+def _evaluations(runs: Sequence[Run]) -> dict[str, list[list[str]]]:
+    """Rows of a table by its title, a column for each run that was evaluated; only of what some run has."""
+    evaluated = [run.evaluation for run in runs if run.evaluation]
+    if not evaluated:
+        return {}
+    tables = {"Evaluation": [[name, *(str(e["evaluation"].get(name, "")) for e in evaluated)] for name in ("window", "dtype")]}
+    for title, values, name in _EVALUATIONS:
+        found = [values(one) for one in evaluated]
+        keys = sorted({key for one in found for key in one})
+        if keys:
+            tables[title] = [[name(key), *(_shown(one.get(key)) for one in found)] for key in keys]
+    return tables
 
 
 def _draw(runs: Sequence[Run], out: Path) -> list[Path]:
@@ -179,11 +216,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
     parser.add_argument("--out", required=True, help="folder for the table and the plots")
+    parser.add_argument(
+        "--evaluation", default="evaluation", metavar="NAME", help="folder of every run that holds its evaluation (default: %(default)s)"
+    )
     arguments = parser.parse_args(argv)
     try:
         if len(arguments.runs) < 2:
             raise ValueError("give at least two runs to compare")
-        print(compare(arguments.runs, arguments.out))
+        print(compare(arguments.runs, arguments.out, arguments.evaluation))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from swax_megatron.checkpoint.store import open_checkpoint
 from swax_megatron.config import from_dict
@@ -97,10 +97,12 @@ def _positions(mask_bt: Tensor, start: int, part: Tensor) -> Tensor:
     return (mask_bt.cumsum(1) - 1).clamp(min=0)[:, start : start + part.shape[1]]
 
 
-def open_subject(path: str | Path, *, window: int | None = None, dtype: str = "bf16", device: str | None = None) -> Subject:
+def open_subject(
+    path: str | Path, *, window: int | None = None, dtype: str = "bf16", device: str | None = None, tokenizer: Path | None = None
+) -> Subject:
     """Load what ``path`` names: an export (config.json), a checkpoint, or a run directory (its newest checkpoint).
 
-    window: None for the one stored with the model.
+    window: None for the one stored with the model; tokenizer: SentencePiece model of a checkpoint, None for that of its training data
     Raises ValueError where the path holds none of these or the window is no positive number.
     """
     path = Path(path)
@@ -109,10 +111,14 @@ def open_subject(path: str | Path, *, window: int | None = None, dtype: str = "b
     if not path.exists():
         raise ValueError(f"{path} does not exist: give an export folder, a checkpoint or a run directory")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, problem = (_from_export if (path / "config.json").exists() else _from_checkpoint)(path, TYPES[dtype])
+    if (path / "config.json").exists():
+        model, encoder, problem = _from_export(path, TYPES[dtype])
+    else:
+        path = find_checkpoint(path)  # its step belongs to the name: a run that trained on is another model
+        model, encoder, problem = _from_checkpoint(path, TYPES[dtype], tokenizer)
     if window is not None:
         model.config.sliding_window = window
-    return Subject(model.to(device).eval(), tokenizer, problem, str(path), model.config.sliding_window)
+    return Subject(model.to(device).eval(), encoder, problem, str(path), model.config.sliding_window)
 
 
 Loaded = tuple[SwaxForCausalLM, PreTrainedTokenizerBase | None, str]
@@ -122,12 +128,12 @@ def _from_export(path: Path, dtype: torch.dtype) -> Loaded:
     model = SwaxForCausalLM.from_pretrained(path, dtype=dtype)
     if not (path / "tokenizer.json").exists():
         return model, None, f"{path} has no tokenizer files; export it again with --tokenizer FILE.model"
-    return model, AutoTokenizer.from_pretrained(path), ""
+    return model, PreTrainedTokenizerFast.from_pretrained(path), ""  # AutoTokenizer would ask whether to run the export's own code
 
 
-def _from_checkpoint(path: Path, dtype: torch.dtype) -> Loaded:
+def _from_checkpoint(path: Path, dtype: torch.dtype, tokenizer: Path | None) -> Loaded:
     """The fp32 masters in ``dtype`` (the gates stay fp32, as in training)."""
-    checkpoint = open_checkpoint(find_checkpoint(path))
+    checkpoint = open_checkpoint(path)
     config = from_dict(checkpoint.config)
     target = swax_target(config)
     plan = plan_weights(checkpoint, config, target, dtype)
@@ -139,7 +145,7 @@ def _from_checkpoint(path: Path, dtype: torch.dtype) -> Loaded:
     model.tie_weights()
     with tempfile.TemporaryDirectory(prefix="swax-eval-") as folder:
         try:
-            export_tokenizer(find_tokenizer(config, None), folder)
+            export_tokenizer(find_tokenizer(config, tokenizer), folder)
         except ValueError as error:  # data of ids alone has none; whoever needs one is told why
             return model, None, str(error)
-        return model, AutoTokenizer.from_pretrained(folder), ""
+        return model, PreTrainedTokenizerFast.from_pretrained(folder), ""

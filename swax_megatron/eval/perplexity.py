@@ -10,18 +10,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from swax_megatron.data.positions import position_edges
 from swax_megatron.data.shards import ShardedDataset
 from swax_megatron.eval.model import Progress, Subject
-
-FIRST_BUCKET = 64  # tokens; every further bucket of positions ends at twice its beginning
-
-
-def position_edges(length: int) -> list[int]:
-    """0, 64, 128, 256, ..., length: buckets [edge, next edge) of the predicting token's in-document position."""
-    edges = [0]
-    while (edges[-1] * 2 or FIRST_BUCKET) < length:
-        edges.append(edges[-1] * 2 or FIRST_BUCKET)
-    return [*edges, length]
 
 
 def by_position(subject: Subject, dataset: ShardedDataset, length: int, documents: int, progress: Progress) -> dict[str, Any]:

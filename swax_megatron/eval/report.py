@@ -25,7 +25,7 @@ def results(folder: str | Path) -> dict[str, Any]:
     identity, units = stored_units(folder)
     summary: dict[str, Any] = {"evaluation": identity, "ruler": [], "recall": [], "perplexity": [], "needles": [], "memory": []}
     for unit in units.values():
-        summary[unit["kind"]].append({key: value for key, value in unit.items() if key not in ("lines", "kind")})
+        summary[unit["kind"]].append({key: value for key, value in unit.items() if key not in ("lines", "kind", "asked")})
     summary["ruler"].sort(key=lambda entry: (entry["task"], entry["length"]))
     return summary
 
@@ -138,8 +138,9 @@ def _to_tensorboard(found: dict, folder: Path) -> None:
             for gap in entry["by_gap"]:
                 writer.add_scalar(f"recall/length_{entry['length']}", gap["accuracy"], gap["from"])
         for entry in found["perplexity"]:
-            for bucket in entry["by_position"]:
-                writer.add_scalar("loss/by_position", bucket["nats"], bucket["from"])
+            for name in ("by_position", "by_document_length"):
+                for bucket in entry[name]:
+                    writer.add_scalar(f"loss/{name}", bucket["nats"], bucket["from"])
         for entry in found["needles"]:
             for gap in entry["by_gap"]:
                 writer.add_scalar("needles/nats_saved", gap["control_nats"] - gap["nats"], gap["gap"])
@@ -147,6 +148,7 @@ def _to_tensorboard(found: dict, folder: Path) -> None:
         for entry in found["memory"]:
             for name, heads in entry["heads"].items():
                 writer.add_histogram(name, np.array(heads), 0)
+                writer.add_scalar(name, statistics.median(heads), 0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,14 @@ class Units:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(stored, wanted)
 
-    def get(self, name: str) -> dict[str, Any] | None:
+    def add(self, name: str, kind: str, asked: dict[str, Any], work: Callable[[], dict[str, Any]]) -> None:
+        """Do and store a unit, unless it is stored already for the same ``asked``: the options that its result depends on."""
         path = self.folder / "units" / f"{name}.json"
-        return read_json(path) if path.exists() else None
-
-    def put(self, name: str, content: dict[str, Any]) -> None:
-        (self.folder / "units").mkdir(exist_ok=True)
-        write_json(self.folder / "units" / f"{name}.json", content)
+        if path.exists() and read_json(path).get("asked") == asked:
+            return
+        content = {"kind": kind, "asked": asked, **work()}
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, content)
 
 
 def stored_units(folder: str | Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

@@ -44,7 +44,7 @@ def find_checkpoint(path: str | Path) -> Path:
         found = latest(folder)
         if found is not None:
             return found
-    raise ValueError(f"--checkpoint {path}: no complete checkpoint there; give a run folder, its checkpoints folder or a step_N in it")
+    raise ValueError(f"{path}: no complete checkpoint there; give a run folder, its checkpoints folder or a step_N in it")
 
 
 def find_tokenizer(config: Config, given: str | Path | None) -> Path:

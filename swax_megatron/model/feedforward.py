@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor, nn
 
-from swax_megatron.kernels.elementwise import swiglu
-from swax_megatron.model.linear import ColumnLinear, RowLinear, enter_tensor_parallel, leave_tensor_parallel
+from swax_megatron.model.linear import ColumnLinear, RowLinear
+from swax_megatron.model.projections import enter_and_project, swiglu_and_leave
 from swax_megatron.model.transformer_config import SwaxTransformerConfig
 
 
@@ -19,8 +21,10 @@ class SwiGLU(nn.Module):
         self.up_proj = ColumnLinear(config, config.hidden_size, config.ffn_hidden_size)
         self.down_proj = RowLinear(config, config.ffn_hidden_size, config.hidden_size)
 
+    def borrowed(self) -> Iterator[nn.Parameter]:
+        """As a mixer's: parameters read without calling their modules."""
+        yield from (self.gate_proj.weight, self.up_proj.weight)
+
     def forward(self, x_sbh: Tensor, **_: object) -> tuple[Tensor, None]:
-        x_sbh = enter_tensor_parallel(x_sbh, self.config)
-        hidden_sbf = swiglu(self.gate_proj(x_sbh), self.up_proj(x_sbh), backend=self.config.kernels.backend)
-        y_sbh = self.down_proj(hidden_sbf)
-        return leave_tensor_parallel(y_sbh, self.config), None
+        _, (gate_sbf, up_sbf) = enter_and_project(x_sbh, self.config, (self.gate_proj, self.up_proj))
+        return swiglu_and_leave(gate_sbf, up_sbf, self.config, self.down_proj), None

@@ -2,7 +2,9 @@
 
 Tokens are taken in chunks: the logits of a chunk are computed, capped, masked and reduced to two numbers a token (the
 log-partition and the target's logit), then forgotten; backward computes them again, chunk by chunk. That is one more
-product with the head's weight, against 4 bytes x tokens x vocabulary of fp32 logits, kept several times over.
+product with the head's weight, against 4 bytes x tokens x vocabulary of fp32 logits, kept several times over. On a GPU
+a kernel reduces the product as it comes (kernels/losses), so that a chunk exists once, in the model's type. Where one
+chunk holds all tokens, its logits are kept for backward (in the model's type) instead of computed again.
 
 Legend: s sequence, b batch, h hidden, n = s * b tokens, c tokens of a chunk, v vocabulary rows of this rank.
 """
@@ -17,6 +19,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
+from swax_megatron.kernels.losses import capped, logit_gradients, logit_statistics
 from swax_megatron.model.cost import padded_vocab_size
 from swax_megatron.model.linear import enter_tensor_parallel
 from swax_megatron.model.transformer_config import SwaxTransformerConfig
@@ -33,22 +36,26 @@ class Vocabulary:
     real: int
     cap: float | None
     group: dist.ProcessGroup
+    backend: str = "auto"  # of the kernels over logits
 
     def logits(self, raw_nv: Tensor) -> Tensor:
         """Logits in fp32 or wider: the soft cap first, then -inf on the vocabulary's padding, which can then never take probability."""
-        logits_nv = raw_nv.to(torch.promote_types(raw_nv.dtype, torch.float32))
-        if self.cap:
-            logits_nv = self.cap * torch.tanh(logits_nv / self.cap)
-        if self.real < logits_nv.shape[-1]:
-            padding_v = torch.arange(logits_nv.shape[-1], device=logits_nv.device) >= self.real
-            logits_nv = logits_nv.masked_fill(padding_v, float("-inf"))
-        return logits_nv
+        return capped(raw_nv, self.real, self.cap)
 
-    def local_targets(self, targets_n: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """Row of every target in this rank's shard (0 where it lies elsewhere), and whether it lies here."""
-        local_n = targets_n - self.start
-        here_n = (local_n >= 0) & (local_n < rows)
-        return local_n.masked_fill(~here_n, 0), here_n
+    def statistics(self, raw_nv: Tensor, targets_n: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-partition and the targets' logits, over all ranks."""
+        log_partition_n, chosen_n = logit_statistics(raw_nv, targets_n - self.start, self.real, self.cap, backend=self.backend)
+        if self.group.size() > 1:
+            largest_n = log_partition_n.clone()
+            dist.all_reduce(largest_n, op=dist.ReduceOp.MAX, group=self.group)
+            sums_2n = torch.stack([(log_partition_n - largest_n).exp_(), chosen_n])
+            dist.all_reduce(sums_2n, group=self.group)
+            log_partition_n, chosen_n = largest_n + sums_2n[0].log(), sums_2n[1]
+        return log_partition_n, chosen_n
+
+    def gradients(self, raw_nv: Tensor, targets_n: Tensor, *given: Tensor) -> Tensor:
+        """The gradient of raw, which may be overwritten; given: log-partition, its gradient, that of the targets' logits."""
+        return logit_gradients(raw_nv, targets_n - self.start, *given, self.real, self.cap, backend=self.backend)
 
 
 class TokenLosses(torch.autograd.Function):
@@ -61,23 +68,15 @@ class TokenLosses(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_nh: Tensor, weight_vh: Tensor, targets_n: Tensor, vocabulary: Vocabulary, chunk: int
     ) -> tuple[Tensor, Tensor]:
-        log_partitions, chosen = [], []
+        parts, kept = [], []
         for hidden_ch, targets_c in zip(hidden_nh.split(chunk), targets_n.split(chunk), strict=True):
-            logits_cv = vocabulary.logits(hidden_ch @ weight_vh.t())
-            local_c, here_c = vocabulary.local_targets(targets_c, logits_cv.shape[-1])
-            chosen_c = logits_cv.gather(-1, local_c.unsqueeze(-1)).squeeze(-1).masked_fill(~here_c, 0.0)
-            if vocabulary.group.size() == 1:
-                log_partitions.append(logits_cv.logsumexp(-1))
-            else:
-                largest_c = logits_cv.amax(-1)
-                dist.all_reduce(largest_c, op=dist.ReduceOp.MAX, group=vocabulary.group)
-                sums_2c = torch.stack([logits_cv.sub_(largest_c.unsqueeze(-1)).exp_().sum(-1), chosen_c])
-                dist.all_reduce(sums_2c, group=vocabulary.group)
-                log_partitions.append(largest_c + sums_2c[0].log())
-                chosen_c = sums_2c[1]
-            chosen.append(chosen_c)
-        log_partition_n, chosen_n = torch.cat(log_partitions), torch.cat(chosen)
+            raw_cv = hidden_ch @ weight_vh.t()
+            parts.append(vocabulary.statistics(raw_cv, targets_c))
+            if len(hidden_nh) <= chunk:
+                kept.append(raw_cv)
+        log_partition_n, chosen_n = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
         ctx.save_for_backward(hidden_nh, weight_vh, targets_n, log_partition_n)
+        ctx.kept = kept
         ctx.vocabulary, ctx.chunk = vocabulary, chunk
         return log_partition_n, chosen_n
 
@@ -86,24 +85,19 @@ class TokenLosses(torch.autograd.Function):
         hidden_nh, weight_vh, targets_n, log_partition_n = ctx.saved_tensors
         vocabulary, chunk = ctx.vocabulary, ctx.chunk
         d_hidden_nh = torch.empty_like(hidden_nh)
-        # chunks are added up in fp32; a single one needs no sum
-        sum_type = torch.promote_types(weight_vh.dtype, torch.float32) if len(hidden_nh) > chunk else weight_vh.dtype
-        d_weight_vh = torch.zeros_like(weight_vh, dtype=sum_type)
+        d_weight_vh: Tensor | None = None
         for start in range(0, len(hidden_nh), chunk):
             piece = slice(start, start + chunk)
-            hidden_ch = hidden_nh[piece]
-            logits_cv = vocabulary.logits(hidden_ch @ weight_vh.t())
-            local_c, here_c = vocabulary.local_targets(targets_n[piece], logits_cv.shape[-1])
-            # d log-partition / d logit is the probability; d chosen / d logit is 1 at the target
-            d_logits_cv = (logits_cv - log_partition_n[piece].unsqueeze(-1)).exp_().mul_(d_log_partition_n[piece].unsqueeze(-1))
-            rows_c = torch.arange(len(local_c), device=local_c.device)
-            d_logits_cv[rows_c, local_c] += d_chosen_n[piece].masked_fill(~here_c, 0.0)
-            if vocabulary.cap:  # the derivative of c * tanh(x / c); padding has none
-                slope_cv = 1.0 - (logits_cv / vocabulary.cap).square_()
-                d_logits_cv.mul_(slope_cv.masked_fill_(torch.isinf(slope_cv), 0.0))
-            d_raw_cv = d_logits_cv.to(hidden_nh.dtype)
-            d_hidden_nh[piece] = d_raw_cv @ weight_vh
-            d_weight_vh += d_raw_cv.t() @ hidden_ch
+            raw_cv = ctx.kept.pop() if ctx.kept else hidden_nh[piece] @ weight_vh.t()
+            d_raw_cv = vocabulary.gradients(raw_cv, targets_n[piece], log_partition_n[piece], d_log_partition_n[piece], d_chosen_n[piece])
+            torch.mm(d_raw_cv, weight_vh, out=d_hidden_nh[piece])
+            share_vh = d_raw_cv.t() @ hidden_nh[piece]
+            if len(hidden_nh) <= chunk:
+                d_weight_vh = share_vh
+            elif d_weight_vh is None:  # chunks are added up in fp32; a single one needs no sum
+                d_weight_vh = share_vh.to(torch.promote_types(share_vh.dtype, torch.float32))
+            else:
+                d_weight_vh += share_vh
         return d_hidden_nh, d_weight_vh.to(weight_vh.dtype), None, None, None
 
 
@@ -124,7 +118,8 @@ class Head(ColumnParallelLinear):
             tp_group=config.groups.tp,
         )
         start = config.groups.tp.rank() * (rows // config.groups.tp.size())
-        self.vocabulary = Vocabulary(start, config.model.vocab_size - start, config.model.logit_cap, config.groups.tp)
+        real, cap = config.model.vocab_size - start, config.model.logit_cap
+        self.vocabulary = Vocabulary(start, real, cap, config.groups.tp, config.kernels.backend)
 
     def forward(self, hidden_sbh: Tensor, weight_vh: Tensor | None, targets_bt: Tensor | None = None) -> Tensor:
         """Logits (s, b, v) fp32 or, with targets, (1 or 2, b, s) fp32: the cross-entropy and, where it is on, the z-loss."""

@@ -1,7 +1,7 @@
 """Tensor-parallel linear maps: enter the parallel region once, project with local shards, leave it once.
 
 Megatron's ColumnParallelLinear gathers its input for itself; a mixer has five to six projections of the same input,
-so the gather (or, without sequence parallelism, the backward all-reduce) stands here once for all of them.
+so the gather (or, without sequence parallelism, the backward all-reduce) stands here once for all of them (`projections.py`).
 
 Shapes: s sequence (the local piece outside the region under sequence parallelism), b batch, h hidden, n local outputs.
 """
@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
+from swax_megatron.kernels import fp8
 from swax_megatron.model.initial import Initial, matrix, residual_matrix
 from swax_megatron.model.parameters import declare
 from swax_megatron.model.transformer_config import SwaxTransformerConfig
@@ -56,6 +57,7 @@ class ColumnLinear(nn.Module):
         super().__init__()
         self.weight = new_parameter(config, outputs // config.tensor_model_parallel_size, inputs)
         declare(self.weight, initial or matrix(config.model), shard_dim=0, decay=True)
+        self.small = fp8.Weights() if config.small_products else None  # of all the projections of one input, at the first of them
 
     def forward(self, x_sbh: Tensor) -> Tensor:
         return F.linear(x_sbh, self.weight)
@@ -68,6 +70,9 @@ class RowLinear(nn.Module):
         super().__init__()
         self.weight = new_parameter(config, outputs, inputs // config.tensor_model_parallel_size)
         declare(self.weight, residual_matrix(config.model), shard_dim=1, decay=True)
+        self.small = fp8.Weights() if config.small_products else None
 
     def forward(self, x_sbn: Tensor) -> Tensor:
+        if self.small is not None:
+            return fp8.Products.apply(x_sbn, self.small, self.weight)[0]
         return F.linear(x_sbn, self.weight)

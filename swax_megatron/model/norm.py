@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swax_megatron.kernels.mlstm import mlstm_fused
+from swax_megatron.kernels.norm import rms_norm, rms_norm_beside
 from swax_megatron.model.initial import ONE
 from swax_megatron.model.linear import new_parameter
 from swax_megatron.model.parameters import declare
@@ -20,11 +20,13 @@ class RMSNorm(nn.Module):
 
     def __init__(self, config: SwaxTransformerConfig, hidden_size: int, eps: float, **_: object) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.backend = eps, config.kernels.backend
         self.weight = declare(new_parameter(config, hidden_size), ONE, sequence_parallel=config.sequence_parallel)
 
-    def forward(self, x_sbh: Tensor) -> Tensor:
-        return F.rms_norm(x_sbh, (x_sbh.shape[-1],), self.weight, self.eps)
+    def forward(self, x_sbh: Tensor, *, beside: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm; with beside, x as well, for what adds to it: (x, norm)."""
+        norm = rms_norm_beside if beside else rms_norm
+        return norm(x_sbh, self.weight, self.eps, backend=self.backend)
 
 
 class HeadNorm(nn.Module):

@@ -32,8 +32,8 @@ def expected_windows(config: Config) -> list[tuple[float, int]]:
 def layer_costs(config: Config, kinds: str) -> tuple[list[float], float]:
     """Expected operations a token of every layer, and of the head, in units of one forward pass.
 
-    Backward is twice the forward; the head computes its logits a second time there (swax_megatron/model/head.py), and so
-    do the layers under train.recompute=full, the mixers' cores under selective.
+    Backward is twice the forward; the head computes its logits a second time there where they are too many to be kept
+    (swax_megatron/model/head.py), and so do the layers under train.recompute=full, the mixers' cores under selective.
     """
     length = config.data.sequence_length
     mix = expected_windows(config)
@@ -44,7 +44,13 @@ def layer_costs(config: Config, kinds: str) -> tuple[list[float], float]:
         flops = sum(share * (forward_flops(config.model, length, (min(size, length),), kinds=kind) - bare) for share, size in mix)
         core = sum(share * COSTS[kind].core_flops(config.model, length, min(size, length)) for share, size in mix)
         costs[kind] = flops + third * {"none": 0.0, "selective": core, "full": flops}[config.train.recompute]
-    return [costs[kind] for kind in kinds], bare * (1.0 + third)
+    return [costs[kind] for kind in kinds], bare * third * head_passes(config)
+
+
+def head_passes(config: Config) -> float:
+    """Products of the head's size in a step: forward, two in backward, and the logits again where a chunk is not all tokens."""
+    chunk, tokens = config.train.loss_chunk, config.train.micro_batch_size * config.data.sequence_length // config.parallel.context
+    return 4.0 if 0 < chunk < tokens else 3.0
 
 
 def stage_layers(config: Config, kinds: str) -> list[int]:

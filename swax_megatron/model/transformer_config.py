@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -22,7 +23,9 @@ class SwaxTransformerConfig(TransformerConfig):
     kernels: KernelConfig | None = None
     groups: ProcessGroupCollection | None = None
     z_loss: float = 0.0
+    small_products: bool = False  # projections in 8 bits (train.fp8; Megatron's own fp8 is another)
     loss_chunk: int = 0  # tokens whose logits exist at a time; 0: all
+    overlap: bool = False  # tensor-parallel transfers beside products
 
 
 def stage_layout(config: Config) -> list[list[str]] | None:
@@ -50,6 +53,8 @@ def transformer_config(config: Config, groups: Groups) -> SwaxTransformerConfig:
         groups=groups.collection,
         z_loss=config.optimizer.z_loss,
         loss_chunk=config.train.loss_chunk,
+        small_products=config.train.fp8,
+        overlap=parallel.overlap,
         num_layers=len(parse_pattern(model.pattern)),
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -79,7 +84,8 @@ def transformer_config(config: Config, groups: Groups) -> SwaxTransformerConfig:
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         apply_rope_fusion=False,
-        batch_p2p_comm=False,
+        batch_p2p_comm=dist.get_backend(groups.pipeline) == "nccl",  # over its group's communicator; singly NCCL makes one a pair
+        batch_p2p_sync=False,
         deallocate_pipeline_outputs=True,
         hetereogenous_dist_checkpoint=True,
         deterministic_mode=config.train.deterministic,

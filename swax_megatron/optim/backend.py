@@ -26,6 +26,9 @@ class OptimizerBackend(Protocol):
     def zero_grad(self, microbatches: int) -> None:
         """Forget the gradients of the last step; the coming one will add up ``microbatches``."""
 
+    def begin_reduce(self) -> None:
+        """Start what ``reduce`` does as far as it waits for nothing on the CPU; the backward passes may be under way still."""
+
     def reduce(self) -> float:
         """Reduce gradients over all ranks; the global gradient norm before clipping, infinite or NaN where one is not finite."""
 

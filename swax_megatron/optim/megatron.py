@@ -65,6 +65,9 @@ class MegatronBackend:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
 
+    def begin_reduce(self) -> None:
+        """Megatron's schedules have reduced already."""
+
     def reduce(self) -> float:
         with cuda_type_names():  # the gradients are reduced already: Megatron's schedules end with that
             if self._optimizer.prepare_grads():

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from swax_megatron.checkpoint.store import Fragment
+from swax_megatron.model.feedforward import SwiGLU
 from swax_megatron.model.layers.mixer import Mixer
 from swax_megatron.optim.backend import Piece, adamw_arguments, decay_groups, fragments, step_tensor
 from swax_megatron.parallel.groups import Groups
@@ -82,6 +83,10 @@ def zero_backend(config: Config, chunks: list[nn.Module], groups: Groups) -> Zer
     stages = {0: WholeGradients, 1: WholeGradients, 2: PartitionedGradients, 3: PartitionedWeights}
     if config.optimizer.zero_stage == 1 and config.optimizer.overlap_gradients:
         return OverlappedGradients(config, chunks, groups)
+    from swax_megatron.optim import direct
+
+    if direct.serves(config, groups):
+        return direct.DirectUpdate(config, chunks, groups)
     return stages[config.optimizer.zero_stage](config, chunks, groups)
 
 
@@ -146,6 +151,10 @@ class ZeroBackend(ABC):
 
     def zero_grad(self, microbatches: int) -> None:
         self._zero.zero_grad(set_to_none=True)
+
+    def begin_reduce(self) -> None:
+        """DeepSpeed's reductions wait for ``reduce``."""
+        self._known_norm: Tensor | None = None
 
     def reduce(self) -> float:
         self._reduce()
@@ -267,7 +276,8 @@ class WholeGradients(ZeroBackend):
         self._zero.reduce_gradients(pipeline_parallel=True)
 
     def _reduce_over_model_parallel_ranks(self) -> None:
-        self._sum_over_tensor_ranks((parameter, self._gradient(parameter)) for parameter in self._parameters)
+        partial = [parameter for parameter in self._parameters if parameter.sequence_parallel and self._groups.tensor_size > 1]
+        self._sum_over_tensor_ranks((parameter, self._gradient(parameter)) for parameter in partial)
         tied, groups = self.chunks[0].share_embeddings_and_output_weights, self._groups
         if tied and groups.pipeline_size > 1 and (groups.pipeline_rank == 0 or groups.is_last_stage):
             chunk = self.chunks[0] if groups.pipeline_rank == 0 else self.chunks[-1]
@@ -364,7 +374,7 @@ class PartitionedWeights(_ByMicrobatch):
         if chunk.share_embeddings_and_output_weights:  # the head uses a weight that another module owns
             deepspeed.zero.register_external_parameter(chunk.output_layer, chunk.embedding.word_embeddings.weight)
         for module in chunk.modules():
-            for parameter in module.borrowed() if isinstance(module, Mixer) else ():
+            for parameter in module.borrowed() if isinstance(module, (Mixer, SwiGLU)) else ():
                 deepspeed.zero.register_external_parameter(module, parameter)
         return zero
 
@@ -414,9 +424,10 @@ class PartitionedWeights(_ByMicrobatch):
 
 
 def _norm_of(gradients: list[Tensor], device: torch.device) -> Tensor:
-    """Of all elements, in float64. A GPU sums pieces of a float32 tensor apart, a CPU from end to end, which loses digits."""
+    """Of all elements, in float64. A GPU sums pieces of a tensor apart in float32, a CPU from end to end, which loses digits."""
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
     if gradients[0].is_cuda:
-        return nn.utils.get_total_norm([gradient.float() for gradient in gradients]).double()
+        alike = [[gradient for gradient in gradients if gradient.dtype is kind] for kind in {gradient.dtype for gradient in gradients}]
+        return torch.stack([norm for some in alike for norm in torch._foreach_norm(some, 2, dtype=torch.float32)]).double().norm()
     return torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]).norm()

@@ -25,7 +25,8 @@ def pipeline_schedule(
     """
     iterators: Any = [iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches)
     for chunk in chunks:
-        chunk.train(backward)
+        if chunk.training is not backward:  # visits every module
+            chunk.train(backward)
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators,

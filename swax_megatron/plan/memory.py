@@ -82,10 +82,12 @@ def _persistent(layout: Layout, stage: int) -> tuple[float, float, float, float,
     level = settings.zero_stage if settings.backend == "zero" else 1
     width, mine = layout.width, _mine(layout, stage)
     weights = width * (mine if level == 3 else count)
-    gradients = 4.0 * (mine if level >= 2 else count)
+    direct = _direct(layout, level)
+    # one micro-batch's gradients stay in the weights' type there
+    gradients = (width if direct and layout.microbatches == 1 else 4.0) * (mine if level >= 2 else count)
     own = settings.backend == "zero" or width == 2  # Megatron's optimizer works on fp32 weights in place
     optimizer = (12.0 if own else 8.0) * mine
-    update = _update(layout, level, count, mine)
+    update = 0.0 if direct else _update(layout, level, count, mine)
     if settings.offload:
         # an fp32 gradient that the update reads; stages 1 and 2: the updated weights on their way to the device; stage 3: a second
         # gradient, in which microbatches add up
@@ -94,6 +96,13 @@ def _persistent(layout: Layout, stage: int) -> tuple[float, float, float, float,
         bucket = (4.0 if level == 1 else width) * min(BUCKET, count) if level < 3 else 0.0
         return weights, (gradients if level == 1 else 0.0) + bucket, 0.0, host, update
     return weights, gradients, optimizer, 0.0, update
+
+
+def _direct(layout: Layout, level: int) -> bool:
+    """Whether optim/direct.py updates the weights, in one launch."""
+    settings = layout.config.optimizer
+    whole = settings.backend == "zero" and (level == 0 or (level == 1 and layout.shards == 1))
+    return whole and layout.kernels == "triton" and layout.width == 2 and not (settings.offload or settings.overlap_gradients)
 
 
 def _mine(layout: Layout, stage: int) -> float:
@@ -152,9 +161,9 @@ def _layer(layout: Layout, kind: str) -> tuple[float, float, float]:
 
 
 def _feedforward(layout: Layout) -> float:
-    """What the SwiGLU of one layer and the norm before it keep: gate, up and their product, in plain torch silu(gate) as well."""
+    """What the SwiGLU of one layer and the norm before it keep: gate and up, in plain torch silu(gate) and the product as well."""
     model, width = layout.config.model, layout.width
-    units = (3.0 if layout.kernels == "triton" else 4.0) * model.ffn_hidden_size / layout.tensor
+    units = (2.0 if layout.kernels == "triton" else 4.0) * model.ffn_hidden_size / layout.tensor
     each = width * (model.hidden_size + units)
     return (_norm(layout) / layout.split + each) * layout.tokens
 
@@ -171,8 +180,9 @@ def _residual(layout: Layout) -> float:
 
 
 def _gradients(layout: Layout) -> float:
-    """Gradients on their way through a SwiGLU: the residual's, and those of gate and up."""
-    return _residual(layout) + layout.width * layout.tokens * 2 * layout.config.model.ffn_hidden_size / layout.tensor
+    """Gradients on their way through a SwiGLU: the residual's, and those of gate and up; with the kernels, the product once more."""
+    units = 3 if layout.kernels == "triton" else 2
+    return _residual(layout) + layout.width * layout.tokens * units * layout.config.model.ffn_hidden_size / layout.tensor
 
 
 def _received(layout: Layout) -> float:
@@ -187,7 +197,10 @@ def _head(layout: Layout) -> tuple[float, float]:
     model, tokens = layout.config.model, layout.tokens
     kept = _norm(layout) * tokens / layout.split + layout.width * model.hidden_size * tokens + 16.0 * tokens
     chunk = min(layout.config.train.loss_chunk or tokens, tokens)
-    logits = (16.0 + layout.width) * chunk * layout.vocabulary
+    raw = layout.width * chunk * layout.vocabulary
+    logits = raw + (0.0 if layout.kernels == "triton" else 16.0 * chunk * layout.vocabulary)  # the kernels hold none in fp32
+    if tokens <= chunk:  # kept from forward to backward
+        kept, logits = kept + raw, logits - raw
     several = 4.0 if tokens > chunk else 0.0
     weight = (several + layout.width) * layout.vocabulary * model.hidden_size
     return kept, logits + weight + layout.width * tokens * model.hidden_size

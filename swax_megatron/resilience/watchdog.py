@@ -23,6 +23,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
 
@@ -49,6 +50,7 @@ class Watchdog(threading.Thread):
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.store = own_connection()
         self.prefix = f"swax/attempt_{events.attempt}"
+        self.neighbours: dict[int, psutil.Process] = {}  # the other ranks of this node, as far as they left a heartbeat
         self.beats = 0
         self.done = threading.Event()
         self.locked_out: Any = None
@@ -67,8 +69,11 @@ class Watchdog(threading.Thread):
             over = time.monotonic() - mark.since > limit
             try:
                 self.beat(over)
+                gone = self._gone() if mark.section in ORDER else []
                 if self.store.check([f"{self.prefix}/hang"]):
                     self.end()
+                if gone and self.progress.mark.order == mark.order:
+                    leave(ExitCode.CRASHED, f"rank {self.rank}: rank(s) {names(gone, {})} of this node ended within a step")
                 if over:
                     self.judge(call)
             except RuntimeError as error:  # the store's host is gone, or slow
@@ -93,7 +98,7 @@ class Watchdog(threading.Thread):
         """Leave a heartbeat."""
         self.beats += 1
         mark = self.progress.mark
-        beat = {"beat": self.beats, "section": mark.section, "step": mark.step, "waits": self._waits(), "over": over}
+        beat = {"beat": self.beats, "section": mark.section, "step": mark.step, "waits": self._waits(over), "over": over}
         self.store.set(f"{self.prefix}/{self.rank}", json.dumps({**beat, "host": socket.gethostname(), "pid": os.getpid()}))
 
     def judge(self, call: str) -> None:
@@ -164,8 +169,14 @@ class Watchdog(threading.Thread):
         self.events.write("end", code=int(ExitCode.HUNG))
         return f"error: hang: {call}; {who}. Stacks of every rank: {self.folder}"
 
-    def _waits(self) -> bool:
-        """Whether any thread but this one stands in a torch.distributed call, or in Megatron's exchange between stages."""
+    def _waits(self, over: bool) -> bool:
+        """Whether any thread but this one stands in a torch.distributed call, or in Megatron's exchange between stages.
+
+        Over NCCL no call waits: the rank stands where it next reads a value from the GPU. So a rank that is over its limit also
+        waits where a collective that it began is not done.
+        """
+        if over and _nccl_under_way():
+            return True
         frames = [frame for ident, frame in sys._current_frames().items() if ident != self.ident]
         for frame in frames:
             while frame is not None:
@@ -173,6 +184,27 @@ class Watchdog(threading.Thread):
                     return True
                 frame = frame.f_back
         return False
+
+    def _gone(self) -> list[int]:
+        """The other ranks of this node whose processes have ended.
+
+        gloo's transfers fail when a peer dies. NCCL's, inside a node, wait on for ever, and with them this rank's training thread.
+        """
+        if self.parent is None:
+            return []
+        first = self.rank - int(os.environ["LOCAL_RANK"])
+        others = set(range(first, first + int(os.environ["LOCAL_WORLD_SIZE"]))) - {self.rank}
+        gone = []
+        for rank in sorted(others):
+            try:
+                if rank not in self.neighbours and self.store.check([key := f"{self.prefix}/{rank}"]):
+                    self.neighbours[rank] = psutil.Process(json.loads(self.store.get(key))["pid"])
+                process = self.neighbours.get(rank)
+                if process and (not process.is_running() or process.status() == psutil.STATUS_ZOMBIE):
+                    gone.append(rank)
+            except psutil.NoSuchProcess:
+                gone.append(rank)
+        return gone
 
     def _write_stacks(self) -> None:
         with (self.folder / f"rank_{self.rank:05d}.txt").open("w", encoding="utf-8") as file:
@@ -202,6 +234,12 @@ def missing(before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]],
     lowest = min(places.values(), default=None)
     behind = [rank for rank, place in places.items() if place == lowest]
     return silent, behind if len(behind) < len(places) else []
+
+
+def _nccl_under_way() -> bool:
+    """Whether a collective of this process over NCCL has not ended, as torch's flight recorder knows."""
+    dump = getattr(c10d, "_dump_nccl_trace_json", None)  # absent from builds without NCCL
+    return dump is not None and bool(json.loads(dump(includeCollectives=True, onlyActive=True)).get("entries"))
 
 
 def _order(section: str) -> int:

@@ -20,6 +20,7 @@ from swax_megatron.validate.sharding import check_sharding
 from swax_megatron.validate.training import (
     check_batch_ramp,
     check_checkpoint,
+    check_fp8,
     check_kernels,
     check_monitor,
     check_optimizer,
@@ -51,6 +52,7 @@ def validate(config: Config, world_size: int | None = None, cuda: bool | None = 
     check_checkpoint(config)
     check_monitor(config)
     check_kernels(config, cuda)
+    check_fp8(config, cuda)
     check_resilience(config, world_size)
 
 

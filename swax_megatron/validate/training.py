@@ -69,6 +69,38 @@ def check_kernels(config: Config, cuda: bool | None) -> None:
         raise ValueError("kernels.backend='triton': Triton kernels need a CUDA GPU and there is none; use kernels.backend=auto")
 
 
+def check_fp8(config: Config, cuda: bool | None) -> None:
+    if not config.train.fp8:
+        return
+    if config.train.precision != "bf16":
+        raise ValueError(f"train.fp8=true: needs train.precision=bf16, not {config.train.precision}; set that or train.fp8=false")
+    if config.optimizer.backend == "zero" and config.optimizer.zero_stage == 3:
+        raise ValueError("train.fp8=true: not with optimizer.zero_stage=3, which gathers weights in bf16; use stage 0, 1 or 2")
+    model, tensor = config.model, config.parallel.tensor
+    widths = {
+        "model.hidden_size": model.hidden_size,
+        "model.ffn_hidden_size": model.ffn_hidden_size // tensor,
+        "model.mlstm_heads * model.mlstm_qk_dim": model.mlstm_heads * model.mlstm_qk_dim // tensor,
+        "model.mlstm_heads * model.mlstm_v_dim": model.mlstm_heads * model.mlstm_v_dim // tensor,
+        "model.attention_heads * model.attention_head_dim": model.attention_heads * model.attention_head_dim // tensor,
+        "model.attention_kv_heads * model.attention_head_dim": model.attention_kv_heads * model.attention_head_dim // tensor,
+        "data.sequence_length": config.data.sequence_length // config.parallel.context,
+    }
+    for name, width in widths.items():
+        if width % 16:
+            raise ValueError(f"train.fp8=true: {name} is {width} a process and must be a multiple of 16; change it or set train.fp8=false")
+    if cuda is None:
+        import torch
+
+        from swax_megatron.kernels.fp8 import missing
+
+        reason = missing(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    else:
+        reason = None if cuda else "there are none on cpu"
+    if reason is not None:
+        raise ValueError(f"train.fp8=true: products in 8 bits cannot run here, {reason}; set train.fp8=false")
+
+
 def check_resilience(config: Config, world_size: int | None) -> None:
     resilience = config.resilience
     if resilience.spike_minimum > resilience.spike_history:

@@ -102,8 +102,8 @@ def test_the_paper_sizes(size: str, parameters: float) -> None:
     assert cost.param_count(load_config(f"configs/swax_{size}.yaml").model) == pytest.approx(parameters, rel=0.01)
 
 
-def counted_flops(raw: dict[str, Any]) -> dict[str, float]:
-    """Forward matrix-product FLOPs of one row as torch counts them: by module path inside the model, and "" for all."""
+def counted_flops(raw: dict[str, Any], backward: bool = False) -> dict[str, float]:
+    """Matrix-product FLOPs of one row's forward (and backward) pass as torch counts them: by module path in the model, and "" for all."""
     from swax_megatron.build import build_trainer
     from swax_megatron.execution import Pass, run_microbatches
 
@@ -111,8 +111,8 @@ def counted_flops(raw: dict[str, Any]) -> dict[str, float]:
         trainer, _ = build_trainer(config, groups)
         plan, _ = trainer.data.plan(trainer.state.data, 1)
         job = Pass(config, groups, trainer.backend.chunks, trainer.windows.layers(0))
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            run_microbatches(job, trainer.load_microbatches(plan), backward=False)
+        with torch.set_grad_enabled(backward), FlopCounterMode(display=False) as counter:
+            run_microbatches(job, trainer.load_microbatches(plan), backward=backward)
         counts = {path.partition(".")[2]: float(sum(by_operation.values())) for path, by_operation in counter.get_flop_counts().items()}
         return {**counts, "": float(counter.get_total_flops())}
 
@@ -147,6 +147,22 @@ def test_flops_of_the_projections_are_exact(corpus: Path, tmp_path: Path, worker
     assert cost.forward_flops(model, tokens, windows) * tokens == pytest.approx(linear + cores, rel=1e-12)
     rest = counts[""] - linear - counts["output_layer"] * (1 - model.vocab_size / padded)
     assert cores <= rest, "the reference's cores cannot do less than the recurrent minimum and the visible keys"
+
+
+def test_flops_of_training_grow_by_the_formula(corpus: Path, tmp_path: Path, workers: Any) -> None:
+    """Between two models of other widths but the same heads, whose cores are alike, torch's count of a whole pass, backward included,
+    differs by the formula's number exactly (and by the head's padding rows, which the formula leaves out).
+    """
+    heads = {**PATTERN["model"], "mlstm_qk_dim": 6, "mlstm_v_dim": 10, "attention_head_dim": 12}
+    totals, formulas = [], []
+    for hidden, width in ((32, 48), (48, 80)):
+        sizes = {**heads, "hidden_size": hidden, "ffn_hidden_size": width}
+        raw = runs.small_config(corpus, tmp_path, model=sizes, train={"loss_chunk": 0})
+        totals.append(workers(1).run(counted_flops, raw, True)[0][""])
+        model = from_dict(raw).model
+        padding = 3 * 2 * hidden * (cost.padded_vocab_size(model.vocab_size) - model.vocab_size)
+        formulas.append((cost.training_flops(model, runs.SEQUENCE_LENGTH, [5] * 6) + padding) * runs.SEQUENCE_LENGTH)
+    assert totals[1] - totals[0] == pytest.approx(formulas[1] - formulas[0], rel=1e-12)
 
 
 def test_visible_keys() -> None:

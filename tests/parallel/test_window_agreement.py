@@ -123,7 +123,8 @@ def test_every_call_gets_the_drawn_window(recompute: str, corpus: Path, tmp_path
             assert calls == {(step, layer, windows[layer]): forwards for layer in LAYERS[rank]}
         losses, passes = report["losses"], report["passes"]
         assert losses == reports[0]["losses"]
-        assert losses.keys() == {"loss/validation", *(f"loss/validation/window_{window}" for window in (5, 14, 23, 40))}
+        told = {name for name in losses if name.startswith("loss/validation")}
+        assert told == {"loss/validation", *(f"loss/validation/window_{window}" for window in (5, 14, 23, 40))}
         assert len({losses[f"loss/validation/window_{window}"] for window in (5, 14, 23, 40)}) == 4, "two windows could swap unseen"
         for window in (5, 14, 23, 40):
             own = [entry for entry in passes if {seen for _, seen in entry[0]} == {window}]

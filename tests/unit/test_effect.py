@@ -218,6 +218,25 @@ def test_the_report_shows_means_with_their_range_and_is_written_again(tmp_path: 
     assert {name for name in plots if (tmp_path / name).read_bytes() != plots[name]} == set(plots)  # drawn from what is stored
 
 
+@pytest.mark.parametrize(("results", "configuration"), [("effect", "recall"), ("text", "text")])
+def test_the_shipped_results_are_of_the_shipped_experiment_and_give_their_report_again(
+    results: str, configuration: str, tmp_path: Path
+) -> None:
+    shipped = reproduce_effect.ROOT / "benchmarks/results" / results
+    experiment = reproduce_effect.Experiment.read(reproduce_effect.ROOT / "configs" / configuration)
+    units = {path.name: json.loads(path.read_text()) for path in shipped.glob("*-*.json")}
+    assert len(units) == {"effect": 18, "text": 6}[results]
+    for name, unit in units.items():
+        wanted = {"base.yaml": experiment.base, "overrides": experiment.arms[unit["arm"]]}
+        wanted["tests.yaml"] = {key: experiment.tests[key] for key in ("windows", "options")}
+        assert {key: value for key, value in unit["asked"].items() if key != "data"} == wanted, name
+        (tmp_path / name).write_text((shipped / name).read_text())
+    assert len({unit["asked"]["data"] for unit in units.values()}) == 1
+    assert study.main([str(tmp_path)]) == 0
+    assert (tmp_path / "report.md").read_text() == (shipped / "report.md").read_text()
+    assert {path.name for path in tmp_path.glob("*.png")} == {path.name for path in shipped.glob("*.png")}
+
+
 def test_the_report_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert study.main([str(tmp_path)]) == 2
     assert "holds no unit yet" in capsys.readouterr().err

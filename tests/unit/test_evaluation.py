@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_prep import tokenizer as tokenizer_command
 from swax_megatron.data.recall import RecallTask, gap_ranges, make_row
@@ -77,7 +78,10 @@ def test_command_writes_scores_tables_and_plots_and_continues(export, dataset, t
     report = (out / "report.md").read_text()
     assert "| niah_single_1 |" in report and "more than a window of in-document past" in report
     assert {path.name for path in out.glob("*.png")} == {"ruler.png", "loss_by_position.png"}
-    assert list((out / "tensorboard").glob("events*"))
+    written = EventAccumulator(str(out / "tensorboard"))
+    written.Reload()
+    scalars = {"ruler/fwe", "loss/by_position", "loss/by_document_length", "memory/layer_00/horizon", "attention/layer_01/entropy"}
+    assert scalars <= set(written.Tags()["scalars"]) and "memory/layer_00/horizon" in written.Tags()["histograms"]
 
     unit = out / "units/ruler-fwe-1024.json"
     kept = {path.name: path.stat().st_mtime_ns for path in (out / "units").iterdir()}
@@ -85,6 +89,10 @@ def test_command_writes_scores_tables_and_plots_and_continues(export, dataset, t
     assert main(command) == 0
     again = {path.name: path.stat().st_mtime_ns for path in (out / "units").iterdir()}
     assert {name for name in kept if kept[name] != again[name]} == {unit.name}  # only what was missing is done again
+    assert main([*command, "--documents", "12"]) == 0
+    other = {path.name: path.stat().st_mtime_ns for path in (out / "units").iterdir()}
+    assert {name for name in again if again[name] != other[name]} == {"perplexity.json"}  # and what is asked for otherwise
+    assert json.loads((out / "results.json").read_text())["perplexity"][0]["documents"] == 12
     capsys.readouterr()
     assert main([*command, "--window", "5"]) == 2
     assert "holds another evaluation (window: 8 there, 5 asked for)" in capsys.readouterr().err
@@ -200,11 +208,28 @@ def test_position_edges():
         (["--tasks", "fwe", "--samples", "0"], "--samples 0: must be at least 1"),
         (["--tasks", "fwe", "--window", "0"], "--window 0: must be at least 1"),
         (["--recall"], "the recall task has"),
+        (["--tasks", "fwe,niah_single_2", "--essay", "nowhere.txt"], "--essay nowhere.txt cannot be read"),
+        (["--tasks", "qa_1", "--squad", "nowhere.json"], "--squad nowhere.json cannot be read as JSON"),
+        (["--tasks", "qa_2", "--hotpotqa", "pyproject.toml"], "--hotpotqa pyproject.toml cannot be read as JSON"),
+        (["--tasks", "qa_1", "--squad", "tests/golden/ruler.json"], "--squad tests/golden/ruler.json is no squad file"),
+        (["--tasks", "qa_2", "--hotpotqa", "tests/golden/ruler.json"], "--hotpotqa tests/golden/ruler.json is no hotpotqa file"),
+        (["--tasks", "niah_single_2", "--essay", "tests/golden/ruler.json"], 'ruler.json is no JSON object with "text"'),
     ],
 )
-def test_bad_input(export, tmp_path, capsys, options, sentence):
+def test_bad_input(export, tmp_path, capsys, options, sentence, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
     assert main([str(export), "--out", str(tmp_path / "out"), *options]) == 2
-    assert sentence in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert told.splitlines()[-1].startswith("error: ") and sentence in told and "Traceback" not in told
+
+
+def test_a_length_that_cannot_be_built_keeps_no_other_from_being_scored(export, tmp_path, capsys):
+    pytest.importorskip("wonderwords", reason="RULER's words come from the package wonderwords: pip install '.[eval]'")
+    out = tmp_path / "out"
+    assert main([str(export), "--out", str(out), "--tasks", "niah_single_1", "--lengths", "256,1024", "--samples", "1"]) == 2
+    told = capsys.readouterr()
+    assert "error: niah_single_1: its smallest prompt has " in told.err and told.err.rstrip().endswith("(--lengths 256)")
+    assert [e["length"] for e in json.loads((out / "results.json").read_text())["ruler"]] == [1024] and (out / "report.md").exists()
 
 
 def test_models_that_cannot_be_evaluated(tmp_path, capsys):

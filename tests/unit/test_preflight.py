@@ -14,8 +14,8 @@ import torch
 import yaml
 
 from launcher.checks import Floors, _products, _xid, compare
+from launcher.points import point, read_sweep, write_points
 from launcher.slurm import directive, duration, gpu_count, gpus_of, lead, read_site
-from launcher.sweep import point, read_sweep, write_points
 from swax_megatron.hardware import known_peak
 from tests.workers import free_port
 

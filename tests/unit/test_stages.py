@@ -47,7 +47,7 @@ def test_equal_layers_without_a_head_are_dealt_out_equally() -> None:
 
 
 def shipped(**parallel: object) -> Config:
-    config = load_config(ROOT / "configs" / "swax_1p4b.yaml")
+    config = load_config(ROOT / "configs" / "swax_1p4b.yaml", ["train.recompute=selective", "train.loss_chunk=1024"])
     for name, value in {"pipeline_layers": None, "virtual_pipeline": None, **parallel}.items():
         setattr(config.parallel, name, value)
     return config
@@ -63,10 +63,13 @@ def test_the_head_takes_its_share_of_the_last_stage() -> None:
     length, mix = config.data.sequence_length, expected_windows(config)
     model = sum(share * forward_flops(config.model, length, [window] * len(kinds)) for share, window in mix)
     cores = sum(share * COSTS[kind].core_flops(config.model, length, window) for kind in kinds for share, window in mix)
-    assert config.train.recompute == "selective" and cores > 0
+    assert cores > 0
     assert sum(costs) + head == pytest.approx(model + cores / 3.0 + head / 4.0)  # 4/3 of the head's forward pass, and of the cores'
     config.train.recompute = "none"
     assert sum(layer_costs(config, kinds)[0]) + head == pytest.approx(model + head / 4.0)
+    config.train.loss_chunk = 0  # the logits are kept
+    costs, once = layer_costs(config, kinds)
+    assert once == pytest.approx(0.75 * head) and sum(costs) + once == pytest.approx(model)
 
 
 def test_long_windows_and_full_attention_weigh_more() -> None:

@@ -165,11 +165,11 @@ def run_mlstm_fused_with_state() -> None:
     opcheck(mlstm_fused_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-def check_swa(name, length, heads, kv_heads, window, boundaries, tile, onepass=None) -> None:
+def check_swa(name, length, heads, kv_heads, window, boundaries, tile) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, length, heads, 16), (2, length, kv_heads, 16), (2, length, kv_heads, 16))
     inputs = [torch.randn(s, generator=generator).requires_grad_() for s in shapes]
-    swa_launch.CONFIGS[16, True] = swa_launch.CONFIGS[16, False] = swa_launch.Config(tile, tile, tile, onepass)
+    swa_launch.CONFIGS[16, True] = swa_launch.CONFIGS[16, False] = swa_launch.Config(tile, tile, tile)
     cu_seqlens = None if boundaries is None else torch.tensor(boundaries, dtype=torch.int32)
     start, end = (None, None) if boundaries is None else document_bounds(cu_seqlens, 2, length)
     o = swa_op(*inputs, window, start, end, 0.25)[0]
@@ -187,8 +187,6 @@ def run_swa() -> None:
             tile = swa_launch.Tile(queries, keys, pack, split, 4, 2)
             check_swa(f"{tile}", 45, 2, 1, 30, None, tile)
             check_swa(f"{tile} documents", 70, 2, 1, 20, documents, tile)
-        check_swa(f"one pass {split}", 45, 2, 1, 30, None, tile, (tile, 1))  # 1: the interpreter has no bulk reductions
-        check_swa(f"one pass {split} documents", 70, 2, 1, 20, documents, tile, (tile, 1))
     check_swa("narrow", 40, 2, 1, 5, None, tile)
     check_swa("whole", 40, 1, 1, 1000, None, tile)
     inputs = [torch.randn(1, 40, heads, 64) for heads in (2, 1, 1)]

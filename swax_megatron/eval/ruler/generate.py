@@ -43,6 +43,15 @@ class Materials:
         """The option a task cannot do without and that is not given; '' when it can be built."""
         return f"--{task.needs}" if task.needs and getattr(self, task.needs) is None else ""
 
+    def read(self, task: Task) -> None:
+        """Read the texts of a task now, so that a file that is missing or no such file is told of before a model is loaded."""
+        if task.needs == "essay":
+            _ = self.essay_words
+        elif task.needs:
+            _ = self.squad_questions if task.needs == "squad" else self.hotpotqa_questions
+        elif task.family is COMMON_WORDS:
+            _ = self.more_words
+
     @cached_property
     def compounds(self) -> CompoundWords:
         return CompoundWords(word_list("adjective"), word_list("noun"))
@@ -62,7 +71,10 @@ class Materials:
         """Words of a text file, or of NVIDIA's PaulGrahamEssays.json (its field "text")."""
         text = _text(self.essay, "essay")
         if self.essay.suffix == ".json":
-            text = json.loads(text)["text"]
+            try:
+                text = json.loads(text)["text"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f'--essay {self.essay} is no JSON object with "text"; give NVIDIA\'s PaulGrahamEssays.json') from error
         words = re.sub(r"\s+", " ", text).split(" ")
         if len(words) < 100:
             raise ValueError(f"--essay {self.essay} holds {len(words)} words; give essays of some thousand words")

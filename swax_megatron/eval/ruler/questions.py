@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from swax_megatron.eval.ruler.tasks import Task
 
@@ -20,9 +22,32 @@ class Question:
     related: list[int]
 
 
-def read_squad(path: Path) -> tuple[list[Question], list[str]]:
-    """Answerable questions and all paragraphs of a SQuAD v2.0 file."""
-    articles = _read(path, "squad")["data"]
+Read = tuple[list[Question], list[str]]  # questions, all paragraphs
+
+
+def read_squad(path: Path) -> Read:
+    """Answerable questions and all paragraphs of a SQuAD v2.0 file. Raises ValueError where it is none."""
+    return _read(path, "squad", _squad)
+
+
+def read_hotpotqa(path: Path) -> Read:
+    """Questions and all paragraphs of a HotpotQA file. Raises ValueError where it is none."""
+    return _read(path, "hotpotqa", _hotpotqa)
+
+
+def _read(path: Path, name: str, parse: Callable[[Any], Read]) -> Read:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--{name} {path} cannot be read as JSON ({error}); give the data set's own development file") from error
+    try:
+        return parse(content)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"--{name} {path} is no {name} file; give the data set's own development file") from error
+
+
+def _squad(content: Any) -> Read:
+    articles = content["data"]
     documents = sorted({paragraph["context"] for article in articles for paragraph in article["paragraphs"]})
     number = {text: index for index, text in enumerate(documents)}
     questions = []
@@ -38,9 +63,7 @@ def read_squad(path: Path) -> tuple[list[Question], list[str]]:
     return questions, documents
 
 
-def read_hotpotqa(path: Path) -> tuple[list[Question], list[str]]:
-    """Questions and all paragraphs of a HotpotQA file."""
-    entries = _read(path, "hotpotqa")
+def _hotpotqa(entries: Any) -> Read:
     texts = [[f"{title}\n{''.join(sentences)}" for title, sentences in entry["context"]] for entry in entries]
     documents = sorted({text for context in texts for text in context})
     number = {text: index for index, text in enumerate(documents)}
@@ -82,13 +105,3 @@ class Questions:
         else:
             picked = question.documents + self.random.sample(question.related, max(0, free))
         return [self.documents[index] for index in picked]
-
-
-def _read(path: Path, name: str) -> dict | list:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--{name} {path} cannot be read as JSON ({error}); give the data set's own development file") from error
-    if not isinstance(content, dict if name == "squad" else list):
-        raise ValueError(f"--{name} {path} is no {name} file; give the data set's own development file")
-    return content

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
-from swax_megatron.model.linear import RowLinear, enter_tensor_parallel, leave_tensor_parallel
+from swax_megatron.model.linear import ColumnLinear, RowLinear
+from swax_megatron.model.projections import enter_and_project, project_and_leave
 from swax_megatron.model.transformer_config import SwaxTransformerConfig
 from swax_megatron.parallel.context import SequenceContext
 
 
 class Mixer(nn.Module, ABC):
-    """Projections -> core -> output projection. A kind gives ``project`` and ``core``, and makes ``out_proj``.
+    """Projections -> core -> output projection. A kind gives ``columns``, ``project`` and ``core``, and makes ``out_proj``.
 
     The core (what lies between the projections) is recomputed in backward under recompute=selective: it has no weights
     but the mLSTM's head norm, and its intermediate results are what a mixer holds most of.
@@ -28,11 +29,15 @@ class Mixer(nn.Module, ABC):
 
     def borrowed(self) -> Iterator[nn.Parameter]:
         """Parameters that the mixer reads without calling their modules, for whoever gathers weights module by module."""
-        return iter(())
+        yield from (linear.weight for linear in self.columns())
 
     @abstractmethod
-    def project(self, x_sbh: Tensor) -> tuple[Tensor, ...]:
-        """The core's inputs, batch first."""
+    def columns(self) -> tuple[ColumnLinear, ...]:
+        """The projections of the input, in the order in which ``project`` gets their results."""
+
+    @abstractmethod
+    def project(self, x_sbh: Tensor, projected: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The core's inputs, batch first, from the input of the whole sequence and its projections."""
 
     @abstractmethod
     def core(self, context: SequenceContext, *inputs: Tensor) -> Tensor:
@@ -40,12 +45,12 @@ class Mixer(nn.Module, ABC):
 
     def forward(self, x_sbh: Tensor, packed_seq_params: SequenceContext, **_: object) -> tuple[Tensor, None]:
         """(s, b, h) -> (s, b, h) and no bias, as Megatron's TransformerLayer wants it."""
-        inputs = self.project(enter_tensor_parallel(x_sbh, self.config))
+        inputs = self.project(*enter_and_project(x_sbh, self.config, self.columns()))
         if self.config.recompute_granularity == "selective" and self.training:
             y_btn = tensor_parallel.checkpoint(lambda *tensors: self.core(packed_seq_params, *tensors), False, *inputs)
         else:
             y_btn = self.core(packed_seq_params, *inputs)
-        return leave_tensor_parallel(self.out_proj(y_btn.transpose(0, 1)), self.config), None
+        return project_and_leave(y_btn.transpose(0, 1), self.config, self.out_proj), None
 
 
 def split_heads(x_sbn: Tensor, head_dim: int) -> Tensor:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules, get_transformer_layer_offset
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 from torch import nn
 
 from swax_megatron.model.feedforward import SwiGLU
+from swax_megatron.model.layer import SwaxLayer
 from swax_megatron.model.layers.full.mixer import FullAttentionMixer
 from swax_megatron.model.layers.mlstm.mixer import MlstmMixer
 from swax_megatron.model.layers.swa.mixer import AttentionMixer
@@ -23,14 +23,12 @@ MIXERS: dict[str, type[nn.Module]] = {"M": MlstmMixer, "S": AttentionMixer, "F":
 def layer_spec(kind: str) -> ModuleSpec:
     """x + mixer(norm(x)), then x + SwiGLU(norm(x))."""
     return ModuleSpec(
-        module=TransformerLayer,
+        module=SwaxLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(module=MIXERS[kind]),
-            self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=SwiGLU,
-            mlp_bda=get_bias_dropout_add,
         ),
     )
 

@@ -55,19 +55,23 @@ class MlstmMixer(Mixer):
         self.head_norm = HeadNorm(config, values)
         self.out_proj = RowLinear(config, values, config.hidden_size)
 
-    def project(self, x_sbh: Tensor) -> tuple[Tensor, ...]:
+    def columns(self) -> tuple[ColumnLinear, ...]:
+        return self.q_proj, self.k_proj, self.v_proj, self.ogate_proj
+
+    def project(self, x_sbh: Tensor, projected: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        q_sbn, k_sbn, v_sbn, ogate_sbn = projected
         igate_sbh, fgate_sbh = self.gates(x_sbh)
         return (
-            split_heads(self.q_proj(x_sbh), self.qk_dim),
-            split_heads(self.k_proj(x_sbh), self.qk_dim),
-            split_heads(self.v_proj(x_sbh), self.v_dim),
+            split_heads(q_sbn, self.qk_dim),
+            split_heads(k_sbn, self.qk_dim),
+            split_heads(v_sbn, self.v_dim),
             igate_sbh.transpose(0, 1),
             fgate_sbh.transpose(0, 1),
-            split_heads(self.ogate_proj(x_sbh), self.v_dim),
+            split_heads(ogate_sbn, self.v_dim),
         )
 
     def borrowed(self) -> Iterator[nn.Parameter]:
-        yield from (*self.igate_proj.parameters(), *self.fgate_proj.parameters())
+        yield from (*super().borrowed(), *self.igate_proj.parameters(), *self.fgate_proj.parameters())
 
     def gates(self, x_sbh: Tensor) -> tuple[Tensor, Tensor]:
         """Both gates, (s, b, H) fp32; one kernel reads x once for both."""

@@ -33,8 +33,11 @@ class AttentionMixer(Mixer):
         self.v_proj = ColumnLinear(config, config.hidden_size, keys)
         self.out_proj = RowLinear(config, queries, config.hidden_size)
 
-    def project(self, x_sbh: Tensor) -> tuple[Tensor, ...]:
-        return tuple(split_heads(projection(x_sbh), self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj))
+    def columns(self) -> tuple[ColumnLinear, ...]:
+        return self.q_proj, self.k_proj, self.v_proj
+
+    def project(self, x_sbh: Tensor, projected: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(split_heads(each_sbn, self.head_dim) for each_sbn in projected)
 
     def core(self, context: SequenceContext, *inputs: Tensor) -> Tensor:
         q_bthd, k_bthd, v_bthd = inputs
