@@ -1,7 +1,7 @@
-"""Choose the kernels' tiles: check and time every candidate of the tables `CONFIGS`, on one GPU, and print the winners' lines.
+"""Choose attention's tiles (the mLSTM's: `mlstm_tiles`): check and time every candidate of `CONFIGS` and `SIZES` on one GPU.
 
 Compiles first, in many processes (Triton's disk cache is shared). Each candidate runs in the public functions: outputs and every
-gradient against float64 (short rows, hard regimes, documents), against the shipped tiles at full size, and twice over itself.
+gradient against float64 (short rows, documents), against the shipped tiles at full size, and twice over itself.
 Then milliseconds, medians of `triton.testing.do_bench`, forward and forward + backward. JSON lines to --out, a short table last.
 """
 
@@ -12,86 +12,49 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from functools import cache
 from typing import Any, TextIO
 
 import torch
 
-from .kernels import MLSTM, SWA, timed
+from .kernels import SWA, timed
 
-REGIMES = {"clamped": (-10.0, 4.0), "mixed": (-4.0, 4.5), "free": (5.0, 3.0), "forget": (0.0, -15.0), "keep": (15.0, 15.0)}
-TOLERANCE = {"mlstm": 1.2e-2, "swa": 5e-3}
-
-
-def mlstm_candidates(name: str) -> dict[str, Any]:
-    from swax_megatron.kernels.mlstm.triton_launch import CONFIGS, Tile
-
-    d_qk, d_v = MLSTM[name][3:]
-    shipped = CONFIGS[d_qk, d_v]
-    found = {"shipped": shipped}
-    tiles = ((64, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 128, 128, 8, 3), (64, 64, 64, 4, 4), (64, 64, 64, 4, 3), (64, 64, 128, 4, 3))
-    for bk, bv, bt, warps, stages in (*tiles, (128, 64, 64, 8, 4)):
-        if bk <= d_qk and bv <= d_v:
-            march = Tile({"BK": bk, "BV": bv, "BT": bt}, warps, stages)
-            found[f"march {bk}x{bv}x{bt} w{warps} s{stages}"] = replace(shipped, march=march)
-    return found
+TOLERANCE = {"swa": 5e-3}
 
 
 def swa_candidates(name: str) -> dict[str, Any]:
-    from swax_megatron.kernels.swa.triton_launch import NARROW, Tile, config_for
+    """Of the Gluon kernels. Where the backward pass is one pass, the two passes' candidates switch it off."""
+    from swax_megatron.kernels.swa.gluon_launch import NARROW, SIZES, Keys, Queries
 
     d, window = SWA[name][3:]
-    shipped, wide = config_for(d, window), window > NARROW
+    shipped = SIZES[d, window <= NARROW]
     found = {"shipped": shipped}
-    rows = ((128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3))
-    rows += ((128, 32, 8, 4), (128, 32, 4, 3), (64, 32, 4, 4))
-    keys = ((64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 3), (32, 128, 4, 2), (64, 64, 4, 2), (64, 64, 8, 3))
-    keys += ((32, 64, 4, 4), (16, 64, 4, 4))
-    for queries, block, warps, stages in rows:
-        for pack, split in ((4, False),) if not wide else ((4, True), (1, True), (4, False)):
-            if wide and (pack == 1 or not split) and (queries, block) != (128, 64):
-                continue
-            tile = Tile(queries, block, pack, split, warps, stages)
-            label = f"{queries}x{block} pack{pack} {'split' if split else 'flat'} w{warps} s{stages}"
-            found[f"forward {label}"] = shipped._replace(forward=tile)
-            if block <= 64:
-                found[f"dq {label}"] = shipped._replace(dq=tile)
-    for queries, block, warps, stages in keys:
-        for split in (False,) if not wide else (True, False):
-            tile = Tile(queries, block, 1, split, warps, stages)
-            found[f"dkv {queries}x{block} {'split' if split else 'flat'} w{warps} s{stages}"] = shipped._replace(dkv=tile)
-    if wide:
-        for add in (1, 2, 3):
-            for queries, block, warps, stages in ((64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 3), (64, 64, 4, 2)):
-                tile = Tile(queries, block, 1, False, warps, stages)
-                found[f"onepass add{add} {queries}x{block} w{warps} s{stages}"] = shipped._replace(onepass=(tile, add))
+    if shipped.onepass:
+        found["two passes"] = shipped._replace(onepass=None)
+        for stages in (2, 3):
+            found[f"onepass 64x128 s{stages}"] = shipped._replace(onepass=Keys(64, 128, stages))
+    for keys, stages in ((32, 6), (32, 8), (64, 2), (64, 3), (64, 4), (128, 1), (128, 2)):
+        for pack in (1, 4):
+            label = f"{keys} keys pack{pack} s{stages}"
+            found[f"forward {label}"] = shipped._replace(forward=Queries(keys, stages, pack))
+            if keys * stages < 256:
+                found[f"dq {label}"] = shipped._replace(dq=Queries(keys, stages, pack), onepass=None)
+    for queries, stages in ((32, 4), (64, 2), (64, 3), (64, 4)):
+        found[f"dkv {queries}x128 s{stages}"] = shipped._replace(dkv=Keys(queries, 128, stages), onepass=None)
     return found
 
 
 def candidates(case: str) -> dict[str, Any]:
-    kind, name = case.split(" ", 1)
-    return (mlstm_candidates if kind == "mlstm" else swa_candidates)(name)
-
-
-def part_of(case: str, part: str) -> dict[str, Any]:
-    """The candidates of one process: "onepass", or "tiles", the others. The shipped configuration is in both."""
-    every = candidates(case)
-    return {name: config for name, config in every.items() if name == "shipped" or name.startswith("onepass") == (part == "onepass")}
+    return swa_candidates(case.split(" ", 1)[1])
 
 
 def install(case: str, config: Any) -> None:
     """Make the public functions use `config` for the case's shape class."""
-    kind, name = case.split(" ", 1)
-    if kind == "mlstm":
-        from swax_megatron.kernels.mlstm import triton_launch
 
-        triton_launch.CONFIGS[MLSTM[name][3:]] = config
-    else:
-        from swax_megatron.kernels.swa import triton_launch
+    from swax_megatron.kernels.swa import gluon_launch
 
-        d, window = SWA[name][3:]
-        triton_launch.CONFIGS[d, window <= triton_launch.NARROW] = config
+    d, window = SWA[case.split(" ", 1)[1]][3:]
+    gluon_launch.SIZES[d, window <= gluon_launch.NARROW] = config
 
 
 def draw(shape: tuple[int, ...], seed: int, mean: float = 0.0) -> torch.Tensor:
@@ -100,30 +63,18 @@ def draw(shape: tuple[int, ...], seed: int, mean: float = 0.0) -> torch.Tensor:
 
 def make(case: str, size: tuple[int, int, int, int], means: tuple[float, float]) -> list[torch.Tensor]:
     """Leaves of the case's public function. size: batch, time, heads, key/value heads."""
-    kind, name = case.split(" ", 1)
     batch, length, heads, kv_heads = size
-    if kind == "mlstm":
-        d_qk, d_v = MLSTM[name][3:]
-        leaves = [draw((batch, length, heads, d), i, 0.5 * (i < 2)).bfloat16() for i, d in enumerate((d_qk, d_qk, d_v))]
-        leaves += [draw((batch, length, heads), 3 + i, mean) for i, mean in enumerate(means)]
-    else:
-        leaves = [draw((batch, length, n, SWA[name][3]), i).bfloat16() for i, n in enumerate((heads, kv_heads, kv_heads))]
-    return [x.requires_grad_() for x in leaves]
+    d = SWA[case.split(" ", 1)[1]][3]
+    return [draw((batch, length, n, d), i).bfloat16().requires_grad_() for i, n in enumerate((heads, kv_heads, kv_heads))]
 
 
 def full_size(case: str) -> tuple[int, int, int, int]:
-    kind, name = case.split(" ", 1)
-    if kind == "mlstm":
-        return MLSTM[name][0], MLSTM[name][1], MLSTM[name][2], 0
-    return 1, *SWA[name][:3]
+    return 1, *SWA[case.split(" ", 1)[1]][:3]
 
 
 def apply(case: str, leaves: list[torch.Tensor], window: int, cu_seqlens: torch.Tensor | None, backend: str) -> torch.Tensor:
-    from swax_megatron.kernels.mlstm import mlstm
     from swax_megatron.kernels.swa import swa
 
-    if case.startswith("mlstm"):
-        return mlstm(*leaves, cu_seqlens=cu_seqlens, backend=backend)
     return swa(*leaves, window, cu_seqlens=cu_seqlens, backend=backend)
 
 
@@ -135,9 +86,7 @@ def results(case: str, leaves: list[torch.Tensor], window: int, cu_seqlens: torc
 
 def trials(case: str) -> list[tuple[str, tuple[int, int, int, int], tuple[float, float], int, bool]]:
     """Name, size, gate means, window, packed documents."""
-    if case.startswith("mlstm"):
-        return [(regime, (2, 1100, 2, 0), means, 0, regime == "mixed") for regime, means in REGIMES.items()]
-    from swax_megatron.kernels.swa.triton_launch import NARROW
+    from swax_megatron.kernels.swa.gluon_launch import NARROW
 
     name = case.split(" ", 1)[1]
     heads, kv_heads, window = SWA[name][1], SWA[name][2], SWA[name][4]
@@ -190,7 +139,7 @@ def compile_share(cases: list[str], share: str) -> None:
     for case, config in every[index::processes]:
         install(case, config)
         size = full_size(case)
-        window = 0 if case.startswith("mlstm") else SWA[case.split(" ", 1)[1]][4]
+        window = SWA[case.split(" ", 1)[1]][4]
         try:
             leaves = make(case, (size[0], 512, *size[2:]), (0.0, 3.0))
             results(case, leaves, window)
@@ -200,10 +149,10 @@ def compile_share(cases: list[str], share: str) -> None:
             print(f"{case}: {error}", file=sys.stderr)
 
 
-def measure(case: str, part: str, out: TextIO, deadline: float) -> list[tuple[str, float, float, float, str]]:
+def measure(case: str, out: TextIO, deadline: float) -> list[tuple[str, float, float, float, str]]:
     """Rows of name, forward, forward + backward (ms), worst error, verdict."""
-    every, rows = part_of(case, part), []
-    window = 0 if case.startswith("mlstm") else SWA[case.split(" ", 1)[1]][4]
+    every, rows = candidates(case), []
+    window = SWA[case.split(" ", 1)[1]][4]
     leaves = make(case, full_size(case), (-4.0, 4.5))
     limit = TOLERANCE[case.split(" ", 1)[0]]
     shipped = None
@@ -233,44 +182,42 @@ def measure(case: str, part: str, out: TextIO, deadline: float) -> list[tuple[st
 
 
 def best_of(case: str, rows: list[tuple[str, float, float, float, str]], out: TextIO) -> list[tuple[str, float, float, float, str]]:
-    """For attention: the best forward, dq and dkv together."""
-    if case.startswith("mlstm") or not rows:
+    """For attention: the best of each kernel together."""
+    if not rows:
         return []
     every = candidates(case)
     right = [row for row in rows if row[4].startswith("ok")]
     config = every["shipped"]
-    for part, column in (("forward", 1), ("dq", 2), ("dkv", 2)):
-        found = [row for row in right if row[0].startswith(part + " ") or row[0] == "shipped"]
+    both = "two passes" if config.onepass else "shipped"  # which row a candidate of two passes is to be compared with
+    for part, column, plain in (("forward", 1, "shipped"), ("dq", 2, both), ("dkv", 2, both), ("onepass", 2, "shipped")):
+        found = [row for row in right if row[0].startswith(part + " ") or row[0] == plain]
         if found:
             config = config._replace(**{part: getattr(every[min(found, key=lambda row: row[column])[0]], part)})
-    combined = {"best tiles": config}
-    window, leaves, extra = SWA[case.split(" ", 1)[1]][4], make(case, full_size(case), (0.0, 0.0)), []
-    for name, choice in combined.items():
-        install(case, choice)
-        error = worst_error(case)
-        times = timed(lambda *x: apply(case, list(x), window, None, "triton"), leaves)
-        verdict = "ok" if error < TOLERANCE["swa"] else "WRONG"
-        row = {"case": case, "candidate": name, "config": repr(choice), **times, "error": error, "verdict": verdict}
-        print(json.dumps(row), file=out, flush=True)
-        extra.append((f"{name}: {choice!r}", times["forward_ms"], times["forward_backward_ms"], error, verdict))
+    window, leaves = SWA[case.split(" ", 1)[1]][4], make(case, full_size(case), (0.0, 0.0))
+    install(case, config)
+    error = worst_error(case)
+    times = timed(lambda *x: apply(case, list(x), window, None, "triton"), leaves)
+    verdict = "ok" if error < TOLERANCE["swa"] else "WRONG"
+    row = {"case": case, "candidate": "best tiles", "config": repr(config), **times, "error": error, "verdict": verdict}
+    print(json.dumps(row), file=out, flush=True)
     install(case, every["shipped"])
-    return extra
+    return [(f"best tiles: {config!r}", times["forward_ms"], times["forward_backward_ms"], error, verdict)]
 
 
 def main(argv: list[str] | None = None) -> int:
-    cases = [f"mlstm {name}" for name in MLSTM] + [f"swa {name}" for name in SWA]
+    cases = [f"swa {name}" for name in SWA]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.kernel_tiles",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python -m benchmarks.kernel_tiles --cases 'mlstm 7B' 'swa 7B w128' --out tiles.jsonl",
+        epilog="example:\n  python -m benchmarks.kernel_tiles --cases 'swa 7B w128' --out tiles.jsonl",
     )
     parser.add_argument("--cases", nargs="+", choices=cases, default=cases, metavar="CASE", help=f"of: {', '.join(cases)}")
     parser.add_argument("--out", default="kernel_tiles.jsonl", metavar="FILE", help="JSON lines are added here (kernel_tiles.jsonl)")
     parser.add_argument("--processes", type=int, default=15, help="processes that compile (default 15)")
     parser.add_argument("--seconds", type=float, default=400, help="start no further candidate after this long (default 400)")
     parser.add_argument("--compile", metavar="I/N", help=argparse.SUPPRESS)
-    parser.add_argument("--part", choices=("tiles", "onepass"), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("error: the tiles are chosen on a CUDA GPU, and torch sees none", file=sys.stderr)
@@ -278,36 +225,35 @@ def main(argv: list[str] | None = None) -> int:
     if options.compile:
         compile_share(options.cases, options.compile)
         return 0
-    if options.part:
-        show(options.cases[0], options.part, options.out, time.monotonic() + options.seconds)
+    if options.measure:
+        show(options.cases[0], options.out, time.monotonic() + options.seconds)
         return 0
     began = time.monotonic()
     compile_all(options.cases, options.processes)
     print(f"compiled in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     tables = []
     for case in options.cases:  # a process each: a kernel that faults takes its process with it
-        for part in ("tiles", "onepass") if any(name.startswith("onepass") for name in candidates(case)) else ("tiles",):
-            left = began + options.seconds - time.monotonic()
-            command = [sys.executable, "-m", "benchmarks.kernel_tiles", "--cases", case, "--part", part, "--out", options.out]
-            try:
-                done = subprocess.run([*command, "--seconds", str(left)], capture_output=True, text=True, timeout=max(left, 5) + 40)
-                tables.append(f"{case}, {part}\n{done.stdout}" + (f"  {done.stderr[-300:]}\n" if done.returncode else ""))
-            except subprocess.TimeoutExpired:
-                tables.append(f"{case}, {part}\n  stopped: out of time\n")
-            print(f"{case}, {part}: done after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+        left = began + options.seconds - time.monotonic()
+        command = [sys.executable, "-m", "benchmarks.kernel_tiles", "--cases", case, "--measure", "--out", options.out]
+        try:
+            done = subprocess.run([*command, "--seconds", str(left)], capture_output=True, text=True, timeout=max(left, 5) + 40)
+            tables.append(f"{case}\n{done.stdout}" + (f"  {done.stderr[-300:]}\n" if done.returncode else ""))
+        except subprocess.TimeoutExpired:
+            tables.append(f"{case}\n  stopped: out of time\n")
+        print(f"{case}: done after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     print("  forward  both: milliseconds\n" + "".join(tables), end="")
     return 0
 
 
-def show(case: str, part: str, path: str, deadline: float) -> None:
-    """Measure one part of a case and print its table: the shipped tiles, the fastest, the best of each kernel, the wrong ones."""
+def show(case: str, path: str, deadline: float) -> None:
+    """Measure a case and print its table: the shipped tiles, the fastest, the best of each kernel, the wrong ones."""
     with open(path, "a", encoding="utf-8") as out:
-        rows = measure(case, part, out, deadline)
+        rows = measure(case, out, deadline)
         rows = sorted(rows, key=lambda row: (row[0] != "shipped", not row[4].startswith("ok"), row[2]))
         shown = rows[:8] + [row for row in rows[8:] if not row[4].startswith("ok")][:3]
-        if case.startswith("swa") and part == "tiles":
+        if case.startswith("swa"):
             shown = [row for row in shown if row[0] == "shipped" or not row[4].startswith("ok")]
-            for kernel, column in (("forward", 1), ("dq", 2), ("dkv", 2)):
+            for kernel, column in (("forward", 1), ("dq", 2), ("dkv", 2), ("onepass", 2)):
                 right = [row for row in rows if row[0].startswith(kernel + " ") and row[4].startswith("ok")]
                 shown += sorted(right, key=lambda row: row[column])[:3]
             shown += best_of(case, rows, out)

@@ -3,9 +3,10 @@
 Prints one JSON line a case: shape, milliseconds (median of `triton.testing.do_bench`) forward and forward + backward for ours and
 for each peer found, in the same process, with the device and the versions; TFLOP/s and TB/s of the least work, the ratio to the floor
 it sets, peak memory, and how many times faster ours is. Peers: `mlstm_kernels` (`xl_chunk`, several chunk lengths, the fastest counts;
-the cell alone on contiguous (B, H, T, D) inputs, and with soft caps, transposes, norm and output gate) if it is installed,
-FlexAttention compiled, and torch's FlashAttention-2 with its window; for SwiGLU, rotary positions and gate projections plain torch,
-eager and compiled. `offsets` cases check tensors of more than 2^31 elements.
+the cell alone on contiguous (B, H, T, D) inputs, and with soft caps, transposes, norm and output gate) and fla's `simple_gla` (a
+simpler recurrence: no input gate, stabiliser or normaliser; cases of its own) if they are installed, FlexAttention compiled, torch's
+FlashAttention-2 with its window, cuDNN's window through `nvidia-cudnn-frontend` if that is installed; for SwiGLU, rotary positions and
+gate projections plain torch, eager and compiled. `offsets` cases check tensors of more than 2^31 elements.
 Random data; our results are first compared with the reference.
 """
 
@@ -47,7 +48,7 @@ ELEMENTWISE = {  # name: which, rows, width, heads
 }
 
 
-COPY, MATRIX = 3.03, 730.0  # measured ceilings of an H100: TB/s read and written, TFLOP/s of dense bfloat16
+CEILINGS = {"H100": (3.03, 730.0), "H200": (4.3, 780.0)}  # measured: TB/s read and written, TFLOP/s of dense bfloat16
 
 
 def timed(function: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]], inputs: list[torch.Tensor]) -> dict[str, float]:
@@ -74,12 +75,14 @@ def timed(function: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]], inpu
 
 def rated(times: dict[str, Any], flops: tuple[float, float], read_written: tuple[float, float]) -> dict[str, Any]:
     """Add achieved TFLOP/s, TB/s and the ratio to the floor. flops, read_written (bytes): the least, forward and forward + backward."""
+    ceilings = [found for name, found in CEILINGS.items() if name in torch.cuda.get_device_name()]
     for name, count, size in zip(("forward", "forward_backward"), flops, read_written, strict=True):
         if f"{name}_ms" in times:
             seconds = times[f"{name}_ms"] / 1e3
             times[f"{name}_tflops"] = round(count / seconds / 1e12, 1)
             times[f"{name}_tbps"] = round(size / seconds / 1e12, 3)
-            times[f"{name}_over_floor"] = round(seconds * 1e12 / max(count / MATRIX, size / COPY), 2)
+            for copy, matrix in ceilings:
+                times[f"{name}_over_floor"] = round(seconds * 1e12 / max(count / matrix, size / copy), 2)
     return times
 
 
@@ -146,28 +149,26 @@ def mlstm_case(name: str, peers: bool) -> dict[str, Any]:
     return result
 
 
-def flash_windowed(window: int) -> Callable[..., torch.Tensor]:
-    """torch's own FlashAttention-2 with a window, forward and backward, on (B, T, H, D)."""
+def fla_case(name: str, peers: bool) -> dict[str, Any]:
+    """Our cell beside fla's `simple_gla`: (B, T, H, D) in place as ours, but no input gate, stabiliser or normaliser."""
+    from swax_megatron.kernels.mlstm import mlstm
 
-    class Flash(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, q, k, v):
-            size = q.shape[1], k.shape[1], 0.0, True
-            o, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(
-                q, k, v, None, None, *size, False, window_size_left=window - 1, window_size_right=0
-            )
-            ctx.save_for_backward(q, k, v, o, lse, state, unused)
-            return o
+    batch, length, heads, d_qk, d_v = MLSTM[name]
+    torch.manual_seed(0)
+    inputs = [torch.randn(batch, length, heads, d, device="cuda", dtype=torch.bfloat16) for d in (d_qk, d_qk, d_v)]
+    inputs += [torch.randn(batch, length, heads, device="cuda") + mean for mean in (-4.0, 4.5)]
+    gated = [x.clone().requires_grad_() for x in (*inputs[:3], torch.nn.functional.logsigmoid(inputs[4]))]
+    result: dict[str, Any] = {"shape": dict(zip(("B", "T", "H", "d_qk", "d_v"), MLSTM[name], strict=True))}
+    result["ours, cell"] = timed(lambda *x: mlstm(*x, backend="triton"), [x.requires_grad_() for x in inputs])
+    if peers and importlib.util.find_spec("fla"):
+        from fla.ops.simple_gla import chunk_simple_gla
 
-        @staticmethod
-        def backward(ctx, do):
-            q, k, v, o, lse, state, unused = ctx.saved_tensors
-            size = q.shape[1], k.shape[1], 0.0, True
-            return torch.ops.aten._flash_attention_backward(
-                do, q, k, v, o, lse, None, None, *size, state, unused, window_size_left=window - 1, window_size_right=0
-            )
-
-    return Flash.apply
+        try:
+            result["fla simple_gla"] = timed(lambda q, k, v, g: chunk_simple_gla(q, k, v, g=g)[0], gated)
+        except Exception as problem:  # it does not run with every Triton
+            result["fla simple_gla"] = {"problem": repr(problem)[:300]}
+        compared(result, "ours, cell", "fla simple_gla")
+    return result
 
 
 def swa_case(name: str, peers: bool) -> dict[str, Any]:
@@ -191,18 +192,19 @@ def swa_case(name: str, peers: bool) -> dict[str, Any]:
     result["ours, deterministic"] = rated(timed(lambda *x: swa(*x, window, backend="triton"), inputs), *least)
     torch.use_deterministic_algorithms(False)
     if peers:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        from .attention_peers import cudnn_windowed, flash_windowed, flex_windowed
 
-        try:
-            result["FlashAttention-2 in torch"] = rated(timed(flash_windowed(window), inputs), *least)
-        except (RuntimeError, NotImplementedError) as problem:
-            result["FlashAttention-2 in torch"] = {"problem": repr(problem)[:200]}
-        mask = create_block_mask(lambda b, h, t, s: (t >= s) & (t - s < window), None, None, length, length, device="cuda")
-        compiled = torch.compile(flex_attention, dynamic=False)
         dense = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in inputs]
-        run = timed(lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=True), dense)
-        result["FlexAttention, compiled"] = rated(run, *least)
-        for peer in ("FlexAttention, compiled", "FlashAttention-2 in torch"):
+        makers = {
+            "FlashAttention-2 in torch": (lambda: flash_windowed(window), inputs),
+            "cuDNN": (lambda: cudnn_windowed(*inputs, window), inputs),
+            "FlexAttention, compiled": (lambda: flex_windowed(window, length), dense),
+        }
+        for peer, (make, leaves) in makers.items():
+            try:
+                result[peer] = rated(timed(make(), leaves), *least)
+            except Exception as problem:  # a peer that is not there or has no kernel for the shape is no peer
+                result[peer] = {"problem": repr(problem)[:200]}
             compared(result, "ours", peer)
             compared(result, "ours, deterministic", peer)
     return result
@@ -268,7 +270,8 @@ def offsets_case(name: str, peers: bool) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    cases = {f"mlstm {n}": (mlstm_case, n) for n in MLSTM} | {f"swa {n}": (swa_case, n) for n in SWA}
+    cases = {f"mlstm {n}": (mlstm_case, n) for n in MLSTM} | {f"fla {n}": (fla_case, n) for n in MLSTM}
+    cases |= {f"swa {n}": (swa_case, n) for n in SWA}
     cases |= {f"elementwise {n}": (elementwise_case, n) for n in ELEMENTWISE}
     cases |= {f"offsets {n}": (offsets_case, n) for n in ("mlstm", "swa")}
     parser = argparse.ArgumentParser(

@@ -24,30 +24,30 @@ from .kernels import MLSTM
 REGIMES = {"clamped": (-10.0, 4.0), "mixed": (-4.0, 4.5), "free": (5.0, 3.0), "forget": (0.0, -15.0), "keep": (15.0, 15.0)}
 TOLERANCE = 1.2e-2
 ROWS = ("BM", "BN", "BS", "BD")
-SCANS = ((1024, 8, 1), (1024, 4, 1), (2048, 8, 1), (512, 4, 1), (512, 2, 1), (2048, 4, 1), (1024, 2, 1), (256, 1, 1))
+SCANS = ((1024, 8, 1), (512, 4, 1), (1024, 2, 1), (512, 1, 1))
 LISTS = {  # kernel: names of the sizes, then sizes, warps, stages
+    "scores": (("BT", "BD"), (
+        (64, 64, 4, 4), (64, 64, 4, 3), (64, 128, 4, 3), (64, 64, 4, 2), (64, 128, 4, 2), (64, 64, 8, 3), (128, 64, 8, 3), (128, 64, 16, 4),
+    )),
     "outputs": (ROWS, (
-        (128, 256, 32, 64, 8, 3), (64, 256, 32, 64, 4, 2), (64, 256, 32, 32, 4, 2), (64, 256, 32, 32, 4, 3), (128, 256, 32, 32, 8, 3),
-        (128, 256, 32, 64, 8, 2), (128, 256, 32, 32, 8, 4), (128, 128, 32, 32, 8, 2), (64, 128, 32, 64, 4, 3), (64, 128, 32, 64, 4, 2),
-        (128, 128, 32, 64, 4, 2), (64, 256, 64, 64, 4, 2), (64, 256, 32, 64, 4, 3), (128, 256, 64, 64, 8, 3), (64, 128, 64, 64, 4, 3),
-        (128, 128, 64, 64, 4, 2), (64, 64, 64, 64, 4, 3),
+        (128, 128, 64, 64, 8, 3), (128, 256, 64, 64, 8, 3), (128, 256, 64, 64, 8, 4), (128, 128, 64, 64, 4, 3), (64, 256, 64, 64, 4, 2),
+        (128, 128, 64, 64, 8, 2), (64, 256, 64, 64, 4, 3), (128, 128, 64, 64, 8, 4), (128, 256, 64, 32, 8, 4), (64, 256, 32, 64, 4, 2),
+        (128, 128, 32, 64, 8, 3), (128, 256, 32, 64, 8, 3), (64, 256, 32, 32, 4, 3), (64, 128, 32, 64, 4, 3), (64, 128, 64, 64, 4, 3),
     )),
     "updates": (("BK", "BV", "BT", "GROUP"), (
-        (64, 256, 64, 4, 4, 2), (64, 256, 64, 8, 4, 2), (64, 256, 32, 4, 4, 3), (64, 256, 64, 4, 8, 2), (128, 256, 64, 4, 8, 3),
-        (128, 256, 64, 8, 8, 3), (128, 256, 32, 4, 8, 4), (128, 128, 64, 4, 4, 2), (128, 128, 64, 8, 8, 3), (64, 128, 64, 4, 4, 3),
-        (64, 256, 32, 8, 4, 4), (128, 256, 64, 4, 8, 2), (64, 256, 64, 2, 4, 2), (64, 128, 64, 2, 4, 3), (64, 128, 64, 2, 4, 2),
-        (64, 64, 64, 1, 4, 3), (64, 128, 64, 1, 4, 3), (64, 128, 32, 2, 4, 4),
+        (64, 256, 64, 2, 4, 2), (64, 256, 64, 4, 4, 2), (128, 256, 64, 4, 8, 3), (128, 256, 64, 2, 8, 3), (128, 128, 64, 2, 4, 3),
+        (128, 128, 64, 4, 4, 2), (64, 256, 32, 4, 4, 3), (64, 128, 64, 4, 4, 3), (64, 128, 64, 2, 4, 4), (128, 128, 64, 4, 8, 3),
+        (64, 256, 64, 1, 4, 2), (128, 256, 32, 4, 8, 4), (256, 128, 64, 4, 8, 3), (64, 256, 64, 2, 4, 3), (64, 256, 64, 2, 8, 2),
+        (64, 128, 64, 2, 4, 3), (64, 128, 64, 4, 4, 2),
     )),
-    "pairs": (("BT", "BD", "INLINE"), (
-        (128, 64, 1, 8, 3), (128, 64, 1, 8, 4), (128, 64, 0, 16, 4), (128, 64, 1, 16, 3), (64, 64, 0, 4, 4), (64, 64, 1, 4, 4),
-        (64, 64, 1, 4, 3), (64, 128, 1, 4, 3), (64, 64, 0, 4, 3), (128, 128, 1, 8, 3), (128, 128, 0, 8, 3), (128, 64, 1, 16, 4),
-        (64, 64, 1, 4, 2), (64, 32, 1, 4, 4), (128, 64, 0, 16, 3), (64, 64, 0, 4, 2),
+    "pairs": (("BT", "BD"), (
+        (128, 64, 8, 4), (64, 64, 4, 4), (64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3), (64, 128, 4, 3), (128, 64, 16, 4),
+        (64, 64, 8, 3), (64, 128, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2), (128, 128, 8, 2), (64, 32, 4, 4),
     )),
     "gradients": (ROWS, (
-        (128, 256, 64, 64, 8, 3), (128, 256, 64, 32, 8, 4), (128, 256, 32, 64, 8, 3), (64, 256, 32, 64, 4, 2), (64, 256, 32, 32, 4, 3),
-        (64, 128, 32, 64, 4, 3), (128, 128, 32, 64, 8, 2), (64, 128, 64, 64, 4, 2), (64, 64, 32, 64, 4, 3), (64, 64, 64, 32, 4, 3),
-        (128, 256, 32, 32, 8, 3), (64, 128, 64, 64, 4, 3), (64, 128, 32, 32, 4, 3), (64, 128, 32, 32, 4, 4), (128, 128, 32, 32, 8, 3),
-        (128, 256, 64, 64, 16, 3), (64, 64, 64, 64, 4, 3),
+        (128, 256, 64, 64, 8, 3), (64, 128, 32, 32, 4, 3), (64, 128, 32, 32, 4, 4), (64, 64, 32, 32, 4, 4), (64, 128, 32, 32, 4, 2),
+        (64, 128, 64, 32, 4, 3), (64, 128, 32, 64, 4, 2), (64, 256, 64, 32, 4, 3), (128, 128, 64, 64, 8, 4), (64, 128, 64, 64, 4, 3),
+        (128, 256, 64, 64, 8, 4), (64, 64, 64, 64, 4, 2),
     )),
     "scan": (("BLOCK",), SCANS),
     "scan_back": (("BLOCK",), SCANS),
@@ -62,6 +62,9 @@ def lists(d_qk: int, d_v: int, chunk: int) -> dict[str, list]:
     found = {}
     for kernel, (names, entries) in LISTS.items():
         tiles = [getattr(CONFIGS[d_qk, d_v], kernel)]
+        if tiles[0] is None:
+            found[kernel] = tiles
+            continue
         for *sizes, warps, stages in entries:
             tile = Tile(dict(zip(names, sizes, strict=True)), warps, stages)
             if all(size <= limit.get(name, size) for name, size in tile.sizes.items()) and tile not in tiles:
@@ -71,13 +74,16 @@ def lists(d_qk: int, d_v: int, chunk: int) -> dict[str, list]:
 
 
 def candidates(d_qk: int, d_v: int) -> list[Any]:
-    """Configurations: all kernels' tiles j together, then the shipped ones with P computed again, or with the other chunk length."""
-    from swax_megatron.kernels.mlstm.triton_launch import CONFIGS
+    """Configurations: all kernels' tiles j together, then the shipped ones with P kept or not, P first, or the other chunk length."""
+    from swax_megatron.kernels.mlstm.triton_launch import CONFIGS, Tile
 
     shipped = CONFIGS[d_qk, d_v]
     each = lists(d_qk, d_v, shipped.chunk)
     found = [replace(shipped, **{k: tiles[j % len(tiles)] for k, tiles in each.items()}) for j in range(max(map(len, each.values())))]
     found.append(replace(shipped, keep=not shipped.keep))
+    if shipped.scores is None:
+        first = CONFIGS[256, 512]
+        found.append(replace(shipped, scores=first.scores, outputs=Tile({**first.outputs.sizes, "BN": min(128, d_v)}, *first.outputs[1:])))
     if d_qk <= 128:
         found.append(replace(shipped, chunk=384 - shipped.chunk))  # 128 and 256 exchanged
     return found
@@ -150,7 +156,7 @@ def kernel_times(leaves: list[torch.Tensor], calls: int = 6) -> dict[str, float]
     return found
 
 
-OURS = ("chunk_gates", "token_weights", "chunk_updates", "scan_states", "outputs", "pair_gradients", "combine_gradients")
+OURS = ("chunk_gates", "token_weights", "chunk_updates", "scan_states", "pair_scores", "outputs", "pair_gradients", "combine_gradients")
 OURS += ("gate_gradients",)
 
 
@@ -206,7 +212,7 @@ def measure(case: str, out: str, deadline: float) -> None:
         for name, us in row["us"].items():
             kernel = name.split(" ")[0]
             tile = {"outputs": config.outputs, "pair_gradients": config.pairs, "combine_gradients": config.gradients}.get(kernel)
-            tile = config.updates if kernel == "chunk_updates" else tile
+            tile = {"chunk_updates": config.updates, "pair_scores": config.scores}.get(kernel, tile)
             if kernel == "scan_states":
                 tile = config.scan_back if name.endswith("back") else config.scan
             best[name].append((us, j, good, tile))

@@ -36,15 +36,18 @@ from swax_megatron.hardware import known_peak
 from tests import runs
 from tests.workers import Workers, free_port
 
-# overrides of a layout of all GPUs; {n}: their number; {many}: four times the rows of the others
+# overrides of a layout of all GPUs; {n}: their number; {many}: four times the rows of the others; micro-batches have one row
 LAYOUTS: dict[str, list[str]] = {
     "DP ZeRO-1": [],
-    "TP SP": ["parallel.tensor={n}", "parallel.sequence=true"],
+    "TP SP": ["parallel.tensor={n}"],
     "PP": ["parallel.pipeline={n}"],
     "CP": ["parallel.context={n}"],
     "PP, four times the rows": ["parallel.pipeline={n}", "train.global_batch_size={many}"],
     "TP": ["parallel.tensor={n}", "parallel.sequence=false"],
-    "TP SP, one after the other": ["parallel.tensor={n}", "parallel.sequence=true", "parallel.overlap=false"],
+    "TP SP overlapped": ["parallel.tensor={n}", "parallel.overlap=true"],
+    "TP SP, rows of 512 tokens": ["parallel.tensor={n}", "data.sequence_length=512"],  # what the host takes to launch a step
+    "TP SP, two rows": ["parallel.tensor={n}", "train.micro_batch_size=2"],
+    "TP SP overlapped, two rows": ["parallel.tensor={n}", "parallel.overlap=true", "train.micro_batch_size=2"],
     "DP Megatron": ["optimizer.backend=megatron"],
     "DP ZeRO-2": ["optimizer.zero_stage=2"],
     "DP ZeRO-3": ["optimizer.zero_stage=3"],
@@ -68,6 +71,7 @@ def main() -> int:
     parser.add_argument("--warm-up", type=int, default=2, help="steps before the timed ones (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each case (default: %(default)s)")
     parser.add_argument("--windows", type=int, nargs="+", help="default: those of the configuration")
+    parser.add_argument("--two-rows", action="store_true", help="also one GPU with micro-batches of two rows")
     parser.add_argument("--again", action="store_true", help="one GPU once more after the layouts")
     parser.add_argument("--preflight", action="store_true", help="also the bandwidth that launcher.preflight finds between two GPUs")
     parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="also save at TP and load at DP, in a folder made here")
@@ -123,6 +127,8 @@ def _measure(options: argparse.Namespace, work: Path) -> int:
     if found := run(options.processes, "links", [], time_links):
         tell({"what": "collectives, GB/s a GPU", **found[0]})
     timed(1, "one GPU", [])
+    if options.two_rows:
+        timed(1, "one GPU, two rows", ["train.micro_batch_size=2"])
     for name in options.layouts:
         timed(options.processes, name, LAYOUTS[name])
     if options.checkpoint is not None:
@@ -245,6 +251,7 @@ def time_layout(raw: dict[str, Any], windows: list[int] | None, warm_up: int, st
         built = time.perf_counter() - began
         trainer = Trainer(config, groups, backend, build_mixture(config, config.data.train, "train", config.train.data_seed))
         for window in windows or sorted(set(config.window.windows)):
+            window = min(window, config.data.sequence_length)
             fixed = {"schedule": "fixed", "windows": [window], "probabilities": [1.0], "anneal_fraction": 0.0, "anneal_window": window}
             there = from_dict({**raw, "window": {**raw["window"], **fixed}})
             trainer.windows = WindowSchedule.from_config(dataclasses.replace(config, window=there.window))
@@ -259,6 +266,7 @@ def time_layout(raw: dict[str, Any], windows: list[int] | None, warm_up: int, st
             case = {
                 "window": window,
                 "rows": config.train.global_batch_size,
+                "micro-batches": config.train.global_batch_size // config.train.micro_batch_size // groups.replicas,
                 "seconds": round(seconds, 4),
                 "all": [round(step.seconds, 4) for step in timed],
                 "warm-up": [round(each, 2) for each in first],

@@ -61,8 +61,9 @@ class Point:
 
     @property
     def finished(self) -> bool:
-        """Whether an earlier call brought it to its end."""
-        return newest_step(self.folder / "checkpoints") >= self.config.train.steps
+        """Whether an earlier call brought it to its end; with another configuration the run itself tells what may change."""
+        stored = self.folder / "config.yaml"
+        return newest_step(self.folder / "checkpoints") >= self.config.train.steps and load_config(stored) == self.config
 
 
 class Grid:

@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "scaling.md"
 MODELS = {"1.4B": "swax_1p4b.yaml", "7B": "swax_7b.yaml"}
 TRAINED = ROOT / "benchmarks" / "results" / "train_step_h100.jsonl"
+SEVERAL = ROOT / "benchmarks" / "results" / "multi_gpu_h200x2.jsonl"
+MEASURED = {"one GPU": {}, "DP ZeRO-1": {}, "PP": {"pipeline": 2}, "TP SP overlapped": {"tensor": 2, "overlap": True}}
 LENGTHS = (16384, 131072)
 GPUS = (1, 8, 64, 256, 1024)
 EPILOG = """example:
@@ -112,7 +114,7 @@ def blocks(only_bytes: bool = False) -> dict[str, list[str]]:
                 tables = scaling_tables(path, length)
                 found[f"scaling {name} {length}"], found[f"all-to-all {name} {length}"] = tables
         found["parameters"] = parameters()
-        found["measured"] = measured()
+        found["measured"], found["measured on two"] = measured(), measured_on_two()
     return found
 
 
@@ -141,6 +143,22 @@ def measured() -> list[str]:
         lines.append(
             f"| {rows * line['micro-batches']} | {line['window']:,} | {seconds:.3f} | {planned:.3f} | {planned / seconds:.2f} |"
         )
+    return lines
+
+
+def measured_on_two() -> list[str]:
+    """The same on two H200 and one of them, four rows an update and GPU."""
+    lines = ["| layout | window | measured, s a step | planned | planned / measured |", "|---|---|---|---|---|"]
+    for line in map(json.loads, SEVERAL.read_text(encoding="utf-8").splitlines()):
+        if line.get("layout") not in MEASURED:
+            continue
+        raw = to_dict(load_config(ROOT / "configs" / MODELS["1.4B"]))
+        raw["parallel"] = MEASURED[line["layout"]]
+        raw["train"] |= {"micro_batch_size": 1, "global_batch_size": line["rows"]}
+        raw["window"] |= {"schedule": "fixed", "windows": [line["window"]], "probabilities": None, "anneal_fraction": 0.0}
+        size, seconds = line["processes"], line["seconds"]
+        planned = duration(Layout.of(from_dict(raw), size, "triton"), Cluster(gpus_per_node=size)).total
+        lines.append(f"| {line['layout']} | {line['window']:,} | {seconds:.3f} | {planned:.3f} | {planned / seconds:.2f} |")
     return lines
 
 

@@ -130,7 +130,7 @@ class ParallelConfig:
         "layers of each stage (of each chunk, with virtual_pipeline, in the model's order); null: balanced by operations, head included",
     )
     context: int = _f(1, "ranks that share a row: each holds a piece; window halos and mLSTM memories travel between them")
-    overlap: bool = _f(True, "tensor-parallel transfers run beside the products that do not need them (not with zero_stage 3)")
+    overlap: bool = _f(False, "tensor-parallel transfers run beside the products that do not need them (not with zero_stage 3)")
 
 
 @dataclass

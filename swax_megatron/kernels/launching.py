@@ -32,6 +32,17 @@ def padded(size: int) -> int:
     return -(-size // ALIGNED) * ALIGNED
 
 
+def _direct(compiled: Any, constants: int) -> tuple:
+    """The call that launches a compiled kernel, and its arguments between the stream and the kernel's own, and after those.
+
+    No launch hooks, and nothing for the constants, which are compiled in. What needs scratch memory goes through Triton's launcher.
+    """
+    run, hooks, after = compiled.run, (compiled.packed_metadata, None, None, None), (None,) * constants
+    if run.global_scratch_size or run.profile_scratch_size:
+        return run, (compiled.function, *hooks), after
+    return run.launch, (compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, *hooks), after
+
+
 class Launches:
     """The launches of one call, in an order that its kind fixes; `finish` after the last."""
 
@@ -67,14 +78,13 @@ class Launches:
     def __call__(self, kernel: Any, grid: tuple[int, int, int], arguments: tuple, constants: dict[str, Any]) -> None:
         """Launch `kernel` with its run-time arguments in order; constants: the constexpr ones, which come last, and options."""
         if self.direct:
-            run, function, packed, rest = self._compiled[self._next]
+            run, before, after = self._compiled[self._next]
             self._next += 1
-            run(*grid, self._stream, function, packed, None, None, None, *arguments, *rest)
+            run(*grid, self._stream, *before, *arguments, *after)
         else:
             compiled = kernel[grid](*arguments, **constants)
             if DIRECT and isinstance(kernel, JITFunction):
-                rest = (None,) * (len(kernel.params) - len(arguments))
-                self._compiled.append((compiled.run, compiled.function, compiled.packed_metadata, rest))
+                self._compiled.append(_direct(compiled, len(kernel.params) - len(arguments)))
 
     def finish(self) -> None:
         """Keep what was compiled for later calls of this kind."""

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="WHERE=GB/S",
-        help="what a GPU sends inside a node (inside=300) and to other nodes (between=40), as reached in practice",
+        help="what a GPU sends inside a node (inside=280) and to other nodes (between=40), as reached in practice",
     )
     parser.add_argument("--proposals", type=int, default=5, help="layouts to propose; 0: none (default: %(default)s)")
     parser.add_argument("--simulate", action="store_true", help="also form every rank's groups, layers, rows and boxes, and check")

@@ -15,7 +15,7 @@ from swax_megatron.model.cost import COSTS, training_flops
 from swax_megatron.model.pattern import parse_pattern
 from swax_megatron.model.stages import head_passes
 from swax_megatron.plan.layout import Layout
-from swax_megatron.plan.traffic import Cluster, context_bytes, data_bytes, heads_suffice, pipeline_bytes, tensor_bytes
+from swax_megatron.plan.traffic import Cluster, context_bytes, gradient_bytes, heads_suffice, pipeline_bytes, tensor_bytes, weight_bytes
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _step(layout: Layout, cluster: Cluster, window: int, how: str) -> tuple[floa
         pipeline = pipeline_bytes(layout, stage) / pipe_link + 2 * layout.chunks * cluster.latency * (layout.pipeline > 1)
         rounds = (layout.context - 1).bit_length() * 2 * layers * cluster.latency
         context = context_bytes(layout, stage, window, how) / context_link + rounds
-        data = _exposed(layout, data_bytes(layout, stage) / data_link, compute)
+        data = _exposed(layout, gradient_bytes(layout, stage) / data_link, weight_bytes(layout, stage) / data_link, compute)
         total = slots * (compute + tensor + pipeline + context) + data
         if total > worst[-1]:
             busy = layout.microbatches
@@ -117,18 +117,15 @@ def core_flops(layout: Layout, kind: str, window: int, how: str) -> float:
     return (length * whole - before * COSTS[kind].core_flops(model, before, window)) / layout.piece
 
 
-def _exposed(layout: Layout, seconds: float, compute: float) -> float:
-    """What of the data-parallel transfers computation does not hide."""
+def _exposed(layout: Layout, gradients: float, weights: float, compute: float) -> float:
+    """Seconds of the data-parallel transfers that computation does not hide. gradients, weights: seconds they take."""
     settings = layout.config.optimizer
     level = settings.zero_stage if settings.backend == "zero" else 1
     passes = layout.microbatches if level >= 2 else 1
-    gathers = layout.width * (2 * passes if level == 3 else 1)
-    gradients = 4.0 * passes / (4.0 * passes + gathers)
-    hidden = 0.0
     if level == 3:
-        hidden += min((1 - gradients) * seconds, passes * compute / 2)  # DeepSpeed gathers the next module's weights ahead
+        weights -= min(weights, passes * compute / 2)  # DeepSpeed gathers the next module's weights ahead
     if settings.overlap_gradients:
-        hidden += min(gradients * seconds, passes * compute / 2)
+        gradients -= min(gradients, passes * compute / 2)
     if settings.overlap_parameters:
-        hidden += min((1 - gradients) * seconds, compute / 3)
-    return max(0.0, seconds - hidden)
+        weights -= min(weights, compute / 3)
+    return gradients + weights

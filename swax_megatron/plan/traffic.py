@@ -22,9 +22,11 @@ class Cluster:
     # Share of the peak that layers reach while they compute: with it the plan's step of the 1.4B model on one H100 takes 1.03 (window 128)
     # and 1.01 (2,048) of the measured time at four rows a step (benchmarks/results/train_step_h100.jsonl).
     efficiency: float = 0.40
-    inside: float = 300e9  # NVLink 4: 450 GB/s each way, two thirds of it reached
+    # NVLink 4, 450 GB/s each way. With 50 us a message: what NCCL's collectives of 4 to 512 MB reached between two H200, to a tenth but for
+    # the largest (benchmarks/results/multi_gpu_h200x2.jsonl).
+    inside: float = 280e9
     between: float = 40e9  # 400 Gb/s a GPU, four fifths of it reached
-    latency: float = 10e-6
+    latency: float = 50e-6
 
     def bandwidth(self, span: int) -> float:
         """Of a group whose ranks lie within ``span`` consecutive ranks."""
@@ -64,17 +66,24 @@ def pipeline_bytes(layout: Layout, stage: int) -> float:
 
 def data_bytes(layout: Layout, stage: int) -> float:
     """fp32 gradients to their owners, updated weights to everybody (ZeRO); stage 3 gathers in every pass."""
-    settings, ranks, count = layout.config.optimizer, layout.shards, layout.parameters(stage)
-    if ranks == 1:
-        return 0.0
+    return gradient_bytes(layout, stage) + weight_bytes(layout, stage)
+
+
+def gradient_bytes(layout: Layout, stage: int) -> float:
+    """Of the sums over data-parallel ranks. DeepSpeed's stages below 3 send every rank the whole sum, of which it keeps its part."""
+    settings, ranks = layout.config.optimizer, layout.shards
+    whole = settings.backend == "zero" and settings.zero_stage < 3
+    sums = layout.microbatches if settings.backend == "zero" and settings.zero_stage >= 2 else 1
+    return 4.0 * sums * (2 if whole else 1) * layout.parameters(stage) * (ranks - 1) / ranks
+
+
+def weight_bytes(layout: Layout, stage: int) -> float:
+    """Of the gathers of updated weights; in stage 3 of every pass's."""
+    settings, ranks = layout.config.optimizer, layout.shards
     level = settings.zero_stage if settings.backend == "zero" else 1
-    share = (ranks - 1) / ranks
-    if level == 0:
-        return 2 * 4.0 * count * share
-    reductions = layout.microbatches if level >= 2 else 1
     passes = 3 if layout.config.train.recompute == "full" else 2
-    gathers = passes * layout.microbatches if level == 3 else 1
-    return (4.0 * reductions + layout.width * gathers) * count * share
+    gathers = {0: 0, 3: passes * layout.microbatches}.get(level, 1)
+    return float(layout.width) * gathers * layout.parameters(stage) * (ranks - 1) / ranks
 
 
 def all_to_all_bytes(model: ModelConfig, kind: str, length: int, width: int, ranks: int) -> float:

@@ -115,9 +115,9 @@ def test_mlstm_documents_states_and_views(d_qk, d_v):
 def test_mlstm_is_deterministic_and_new_sizes_compile_nothing():
     from triton.runtime.jit import JITFunction
 
-    from swax_megatron.kernels.mlstm import triton_cell, triton_gates
+    from swax_megatron.kernels.mlstm import triton_cell, triton_gates, triton_states
 
-    kernels = [x for module in (triton_cell, triton_gates) for x in vars(module).values() if isinstance(x, JITFunction)]
+    kernels = [x for module in (triton_cell, triton_gates, triton_states) for x in vars(module).values() if isinstance(x, JITFunction)]
 
     def compiled():
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
@@ -160,12 +160,21 @@ def test_fused_layer_and_decoding_step():
 DOCUMENTS = [0, 5, 64, 700, 701, 900, 1400]
 
 
+@pytest.fixture
+def deterministic(request):
+    """Deterministic algorithms on or off; on, torch also fills what it allocates with NaN."""
+    torch.use_deterministic_algorithms(request.param)
+    yield request.param
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize(
     "window, heads, kv_heads, boundaries", [(128, 4, 1, None), (100, 6, 2, DOCUMENTS), (600, 4, 4, None), (650, 4, 2, DOCUMENTS)]
 )
-def test_swa(dtype, d, window, heads, kv_heads, boundaries):
+def test_swa(dtype, d, window, heads, kv_heads, boundaries, deterministic):
     generator = torch.Generator("cuda").manual_seed(0)
     inputs = [torch.randn(2, 700, n, d, generator=generator, device="cuda").to(dtype).requires_grad_() for n in (heads, kv_heads, kv_heads)]
     cu_seqlens = None if boundaries is None else torch.tensor(boundaries, dtype=torch.int32, device="cuda")
@@ -173,17 +182,74 @@ def test_swa(dtype, d, window, heads, kv_heads, boundaries):
     ours = gradients(swa(*inputs, window, cu_seqlens=cu_seqlens, backend="triton"), inputs)
     exact = gradients(swa_blocked(*wide, window, cu_seqlens=cu_seqlens), wide)
     found = [error(a, b) for a, b in zip(ours, exact, strict=True)]
-    assert max(found) < (4e-3 if dtype == torch.bfloat16 else 6e-4), found
+    limit = 4e-3 if dtype == torch.bfloat16 else 6e-4
+    assert max(found) < limit, found
     again = gradients(swa(*inputs, window, cu_seqlens=cu_seqlens, backend="triton"), inputs)
-    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+    same = [torch.equal(a, b) for a, b in zip(ours, again, strict=True)]
+    assert all(same) if deterministic or window <= 512 else all(same[i] for i in (0, 2, 3)), same  # else dq's last bits may differ
+    assert error(again[1], exact[1]) < limit
+
+
+@pytest.mark.parametrize("deterministic", [False, True], indirect=True)
+@pytest.mark.parametrize("window", [1, 2, 127, 513, 2000, 3001])
+def test_swa_in_hard_regimes(window, deterministic):
+    """Saturated and flat softmax, time first in memory, lengths that are no multiple of anything, windows up to the whole row."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    size = torch.rand(3001, 1, 1, 1, generator=generator, device="cuda") * 20  # from flat to one-hot rows
+    shapes = [(3001, 2, n, 128) for n in (4, 2, 2)]
+    inputs = [torch.randn(s, generator=generator, device="cuda") for s in shapes]
+    inputs[0] = inputs[0] * size
+    inputs = [x.bfloat16().transpose(0, 1).requires_grad_() for x in inputs]
+    cu_seqlens = torch.tensor([0, 1, 129, 3001, 3002, 5500, 6002], dtype=torch.int32, device="cuda")
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    for documents in (None, cu_seqlens):
+        ours = gradients(swa(*inputs, window, cu_seqlens=documents, backend="triton"), inputs)
+        exact = gradients(swa_blocked(*wide, window, cu_seqlens=documents), wide)
+        # rounded relative to the largest: at window 1 the gradients of q and k are exactly zero, and ours rounding errors
+        scale = max(float(x.norm() / x.numel() ** 0.5) for x in exact[1:])
+        least = [max(float(b.detach().norm()), 1e-2 * scale * b.numel() ** 0.5) for b in exact]
+        found = [float((a.detach().double() - b.detach()).norm()) / n for a, b, n in zip(ours, exact, least, strict=True)]
+        assert max(found) < 8e-3, found
+
+
+def test_swa_with_keys_before_the_queries():
+    """A rank of context parallelism: the queries are the last of the row."""
+    for window in (100, 1000):
+        generator = torch.Generator("cuda").manual_seed(0)
+        shapes = [(2, n, heads, 128) for n, heads in ((300, 4), (1299, 2), (1299, 2))]
+        inputs = [torch.randn(s, generator=generator, device="cuda").bfloat16().requires_grad_() for s in shapes]
+        wide = [x.detach().double().requires_grad_() for x in inputs]
+        cu_seqlens = torch.tensor([0, 1100, 1299, 2400, 2598], dtype=torch.int32, device="cuda")
+        for documents in (None, cu_seqlens):
+            ours = gradients(swa(*inputs, window, cu_seqlens=documents, backend="triton"), inputs)
+            exact = gradients(swa_blocked(*wide, window, cu_seqlens=documents), wide)
+            found = [error(a, b) for a, b in zip(ours, exact, strict=True)]
+            assert max(found) < 4e-3, (window, found)
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_swa_where_gluon_is_untested(d, monkeypatch):
+    """With another Triton than the one the Gluon kernels were tested with, Triton's own serve every window."""
+    from swax_megatron.kernels.swa import direct
+
+    monkeypatch.setattr(direct, "TESTED", False)
+    for window in (100, 600):
+        generator = torch.Generator("cuda").manual_seed(0)
+        inputs = [torch.randn(2, 700, n, d, generator=generator, device="cuda").bfloat16().requires_grad_() for n in (4, 2, 2)]
+        cu_seqlens = torch.tensor(DOCUMENTS, dtype=torch.int32, device="cuda")
+        wide = [x.detach().double().requires_grad_() for x in inputs]
+        ours = gradients(swa(*inputs, window, cu_seqlens=cu_seqlens, backend="triton"), inputs)
+        exact = gradients(swa_blocked(*wide, window, cu_seqlens=cu_seqlens), wide)
+        assert max(error(a, b) for a, b in zip(ours, exact, strict=True)) < 4e-3
 
 
 def test_swa_compiles_nothing_for_a_new_window():
     from triton.runtime.jit import JITFunction
 
-    from swax_megatron.kernels.swa import triton_kernels
+    from swax_megatron.kernels.swa import gluon_dkv, gluon_dq, gluon_forward, gluon_onepass
 
-    kernels = [x for x in vars(triton_kernels).values() if isinstance(x, JITFunction)]
+    modules = (gluon_dkv, gluon_dq, gluon_forward, gluon_onepass)
+    kernels = {x for module in modules for x in vars(module).values() if isinstance(x, JITFunction)}
 
     def run(length, window):
         inputs = [torch.randn(1, length, n, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for n in (4, 1, 1)]

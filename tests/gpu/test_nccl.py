@@ -49,6 +49,8 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP2 interleaved, Megatron's optimizer": (2, {"parallel": {"pipeline": 2, "virtual_pipeline": 2}, **MEGATRON}),
     "TP2 SP, Megatron's optimizer": (2, {"parallel": {"tensor": 2}, **MEGATRON}),
     "CP2, Megatron's optimizer, recompute full": (2, {"parallel": {"context": 2}, "train": {"recompute": "full"}, **MEGATRON}),
+    "TP2 SP, overlapped": (2, {"parallel": {"tensor": 2, "overlap": True}}),
+    "TP2, overlapped": (2, {"parallel": {"tensor": 2, "sequence": False, "overlap": True}}),
     "DP2 ZeRO-1, reduced under way": (2, {"optimizer": OVERLAPPED}),
     "DP2 ZeRO-2, reduced under way": (2, {"optimizer": {"zero_stage": 2, **OVERLAPPED}}),
     "DP2 ZeRO-3, reduced under way": (2, {"optimizer": {"zero_stage": 3, **OVERLAPPED}}),

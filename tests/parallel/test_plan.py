@@ -133,12 +133,14 @@ def test_the_last_piece_of_full_attention_sets_the_pace() -> None:
 
 
 def test_the_plan_follows_the_measured_step() -> None:
-    """What the page prints: planned over measured seconds of the 1.4B model on one H100."""
+    """What the page prints: planned over measured seconds of the 1.4B model on one H100, and on two H200."""
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in write_scaling.measured()[2:]]
     ratios = {(int(rows), window): float(ratio) for rows, window, *_, ratio in cells}
     assert set(ratios) == {(rows, window) for rows in (1, 4) for window in ("128", "2,048")}
     assert [ratio for (rows, _), ratio in ratios.items() if rows == 4] == pytest.approx([1.0, 1.0], abs=0.05)
     assert list(ratios.values()) == pytest.approx([1.0] * 4, abs=0.15)  # with one row a step, what the formulas leave out shows
+    several = [float(line.split("|")[-2]) for line in write_scaling.measured_on_two()[2:]]
+    assert several == pytest.approx([1.0] * 8, abs=0.15)
 
 
 def test_command_line(capsys: pytest.CaptureFixture) -> None:

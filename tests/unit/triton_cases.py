@@ -46,12 +46,12 @@ def close(name: str, ours, theirs, tolerance: float) -> None:
         assert error < tolerance, f"{name}, result {index}: relative error {error:.1e}"
 
 
-def tiny_mlstm(chunk: int, block: int, keep: bool = True) -> triton_launch.Config:
+def tiny_mlstm(chunk: int, block: int, keep: bool = True, scores: bool = False) -> triton_launch.Config:
     """Tiles of 16: several programs, chunks, blocks and pipeline steps in a few dozen tokens."""
     tile, wide = triton_launch.Tile, {"BM": block, "BN": 16, "BS": 16, "BD": 16}
-    updates, depth = {"BK": 16, "BV": 16, "BT": 16, "GROUP": 2}, {"BT": block, "BD": 16, "INLINE": 0}
+    updates, depth = {"BK": 16, "BV": 16, "BT": 16, "GROUP": 2}, {"BT": block, "BD": 16}
     each = [tile(sizes, 4, 2) for sizes in (wide, updates, depth, wide, {"BLOCK": 64}, {"BLOCK": 64})]
-    return triton_launch.Config(chunk, *each, keep=keep)
+    return triton_launch.Config(chunk, tile(depth, 4, 2) if scores else None, *each, keep)
 
 
 def mlstm_inputs(batch, length, heads, d_qk, d_v, i_mean, f_mean):
@@ -103,6 +103,7 @@ def run_mlstm() -> None:
     check_mlstm("P again", mlstm_inputs(1, 70, 2, 32, 32, -10.0, 3.0), None, True, tiny_mlstm(32, 16, keep=False))
     documents = [0, 5, 32, 70, 70, 71, 72, 140]
     check_mlstm("documents, P again", mlstm_inputs(2, 70, 1, 16, 32, 0.0, 2.0), documents, True, tiny_mlstm(32, 16, keep=False))
+    check_mlstm("documents, P first", mlstm_inputs(2, 70, 1, 16, 32, 0.0, 2.0), documents, True, tiny_mlstm(32, 16, scores=True))
     check_mlstm("documents", mlstm_inputs(2, 70, 1, 16, 32, 0.0, 2.0), documents, True, tiny_mlstm(32, 16))
     check_mlstm("documents, one block", mlstm_inputs(2, 70, 1, 16, 16, 5.0, 40.0), documents, True, tiny_mlstm(16, 16), 1e-4)
     # closed gates: the gradient of f~ is e^-15 of what it is the difference of
@@ -164,11 +165,11 @@ def run_mlstm_fused_with_state() -> None:
     opcheck(mlstm_fused_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-def check_swa(name, length, heads, kv_heads, window, boundaries, tile, onepass=None) -> None:
+def check_swa(name, length, heads, kv_heads, window, boundaries, tile) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, length, heads, 16), (2, length, kv_heads, 16), (2, length, kv_heads, 16))
     inputs = [torch.randn(s, generator=generator).requires_grad_() for s in shapes]
-    swa_launch.CONFIGS[16, True] = swa_launch.CONFIGS[16, False] = swa_launch.Config(tile, tile, tile, onepass)
+    swa_launch.CONFIGS[16, True] = swa_launch.CONFIGS[16, False] = swa_launch.Config(tile, tile, tile)
     cu_seqlens = None if boundaries is None else torch.tensor(boundaries, dtype=torch.int32)
     start, end = (None, None) if boundaries is None else document_bounds(cu_seqlens, 2, length)
     o = swa_op(*inputs, window, start, end, 0.25)[0]
@@ -186,8 +187,6 @@ def run_swa() -> None:
             tile = swa_launch.Tile(queries, keys, pack, split, 4, 2)
             check_swa(f"{tile}", 45, 2, 1, 30, None, tile)
             check_swa(f"{tile} documents", 70, 2, 1, 20, documents, tile)
-        check_swa(f"one pass {split}", 45, 2, 1, 30, None, tile, (tile, 1))  # 1: the interpreter has no bulk reductions
-        check_swa(f"one pass {split} documents", 70, 2, 1, 20, documents, tile, (tile, 1))
     check_swa("narrow", 40, 2, 1, 5, None, tile)
     check_swa("whole", 40, 1, 1, 1000, None, tile)
     inputs = [torch.randn(1, 40, heads, 64) for heads in (2, 1, 1)]

@@ -1,13 +1,13 @@
-"""Triton kernels for the matrix work of the chunkwise mLSTM, forward and backward.
+"""Triton kernels for what the chunkwise mLSTM reads from states and from pairs of tokens, forward and backward.
 
 Legend: bh batch and head, flattened; t query time, s key time, c chunk of LC tokens; K = d_qk, V = d_v.
 q, k, v, h and their gradients are read and written where they lie, (B, T, H, D) with any strides but the last (1).
 States lie as (B*H, C, K, V) in the type of the products, normalisers (B*H, C, K) in float32, pair matrices (B*H, C, LC, LC).
 The weights (row, col, wq, wk, decay) are those of `triton_gates.py`; every accumulator is float32.
 
-Forward:  `chunk_updates` (each chunk's own contribution), `scan_states` (in place: the state before each chunk), `outputs` (h, 1/n).
-Backward: `pair_gradients` (delta, P/n and dS, and the sums the gates need, from unrounded values), `chunk_updates` and `scan_states`
-          again for the gradients of the states, `combine_gradients` (dq, dk and dv).
+Forward:  the states (`triton_states.py`), `pair_scores` (P, for wide heads), `outputs` (h, 1/n).
+Backward: the gradients of the states and delta, `pair_gradients` (P/n and dS, and the sums the gates need, from unrounded values),
+          `combine_gradients` (dq, dk and dv).
 h, dq, dk and dv are all rowscale * (X @ state + bias * n) + pairs @ Y. All tiles of a chunk are neighbours in the grid, so that what
 they share is read from memory once.
 """
@@ -16,138 +16,73 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def _block(pair, BLOCKS: tl.constexpr):
+    """Row and column of block `pair` of those on and under the diagonal: (0, 0), (1, 0), (1, 1), (2, 0), ..."""
+    ti = 0
+    for i in tl.static_range(1, BLOCKS):
+        ti += (pair >= i * (i + 1) // 2).to(tl.int32)
+    return ti, pair - ti * (ti + 1) // 2
+
+
+@triton.jit
+def _store_block(pairs_ptr, block, ti, si, LC: tl.constexpr, BT: tl.constexpr):
+    """One block of a chunk's pair matrix. Products read squares of two blocks of 64 on the diagonal whole: zeros above it."""
+    lane = tl.arange(0, BT)
+    tl.store(pairs_ptr + (ti * BT + lane)[:, None] * LC + (si * BT + lane)[None, :], block)
+    if BT < 128:
+        if (si == ti - 1) & (ti % 2 == 1):
+            above = pairs_ptr + (si * BT + lane)[:, None] * LC + (ti * BT + lane)[None, :]
+            tl.store(above, tl.zeros([BT, BT], block.dtype))
+
+
 @triton.jit(do_not_specialize=["T", "H", "C"])
-def chunk_updates(
-    x_ptr, y_ptr, w_ptr, rn_ptr, delta_ptr, states_ptr, norms_ptr,
-    T, H, C, stride_xb, stride_xt, stride_xh, stride_yb, stride_yt, stride_yh,
-    K: tl.constexpr, V: tl.constexpr, LC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr,
-    BACK: tl.constexpr, DT: tl.constexpr,
+def pair_scores(
+    q_ptr, k_ptr, row_ptr, col_ptr, wq_ptr, norms_ptr, start_ptr, p_ptr, den_ptr,
+    T, H, C, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, scale,
+    K: tl.constexpr, LC: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, DOCUMENTS: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
-    """(w X)' Y and sum(w X) of each of GROUP chunks: (k, v) for the states; BACK: (q, dh), w / n and delta w / n for their gradients.
-
-    One loop over all tokens, so that loads go on while a chunk's sum is stored.
-    """
-    tile, first, bh = tl.program_id(0), tl.program_id(1).to(tl.int64) * GROUP, tl.program_id(2).to(tl.int64)
-    TV: tl.constexpr = V // BV
-    PARTS: tl.constexpr = LC // BT
-    k0, v0 = (tile // TV) * BK, (tile % TV) * BV
-    dk, dv, lane = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BT)
-    x_ptr += (bh // H) * stride_xb + (bh % H) * stride_xh + first * LC * stride_xt + k0
-    y_ptr += (bh // H) * stride_yb + (bh % H) * stride_yh + first * LC * stride_yt + v0
-    states_ptr += (bh * C + first) * K * V + (k0 + dk)[:, None] * V + (v0 + dv)[None, :]
-    norms_ptr += (bh * C + first) * K + k0 + dk
-    tokens = (bh * C + first) * LC + lane
-    left = (T - first * LC).to(tl.int32)
-    update = tl.zeros([BK, BV], tl.float32)
-    norm = tl.zeros([BK], tl.float32)
-    for i in range(0, tl.minimum(C - first, GROUP).to(tl.int32) * PARTS):
-        t = i * BT + lane
-        real = t < left
-        w = tl.load(w_ptr + tokens + i * BT)
-        if BACK:
-            w *= tl.load(rn_ptr + tokens + i * BT)
-        x = tl.load(x_ptr + dk[:, None] + t[None, :].to(tl.int64) * stride_xt, mask=real[None, :], other=0.0)
-        y = tl.load(y_ptr + t[:, None].to(tl.int64) * stride_yt + dv[None, :], mask=real[:, None], other=0.0)
-        update = tl.dot((x.to(tl.float32) * w[None, :]).to(DT), y.to(DT), update, input_precision="ieee")
-        if v0 == 0:
-            wn = w
-            if BACK:
-                wn = w * tl.load(delta_ptr + tokens + i * BT)
-            norm += tl.sum(x.to(tl.float32) * wn[None, :], 1)
-        if i % PARTS == PARTS - 1:
-            tl.store(states_ptr, update.to(DT))
-            if v0 == 0:
-                tl.store(norms_ptr, norm)
-            states_ptr += K * V
-            norms_ptr += K
-            update = tl.zeros([BK, BV], tl.float32)
-            norm = tl.zeros([BK], tl.float32)
-
-
-@triton.jit
-def _scan_step(state, update, other, at_ptr, passed_ptr, decay, real, REVERSE: tl.constexpr):
-    """Put the state where the update was, then decay it and add the update."""
-    tl.store(at_ptr, state.to(update.dtype), mask=real)
-    if REVERSE:
-        tl.store(passed_ptr, tl.sum(state * other.to(tl.float32), 0) * decay, mask=real)
-    return state * decay + update.to(tl.float32)
-
-
-@triton.jit
-def _scan(
-    at_ptr, other_ptr, passed_ptr, decay_ptr, state, zero, C,
-    SIZE: tl.constexpr, TILES: tl.constexpr, REVERSE: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
-    """Over all chunks, AHEAD (4) at a time so that their loads overlap.
-
-    at_ptr, other_ptr: this tile in chunk 0; SIZE: elements to the next chunk; zero: an int64 0, to count chunks in.
-    """
-    for begin in range(0, C, AHEAD):
-        c0, c1, c2, c3 = zero + begin, zero + begin + 1, zero + begin + 2, zero + begin + 3
-        r0, r1, r2, r3 = c0 < C, c1 < C, c2 < C, c3 < C
-        if REVERSE:
-            c0, c1, c2, c3 = C - 1 - c0, C - 1 - c1, C - 1 - c2, C - 1 - c3
-        p0, p1 = at_ptr + c0 * SIZE, at_ptr + c1 * SIZE
-        p2, p3 = at_ptr + c2 * SIZE, at_ptr + c3 * SIZE
-        u0, u1 = tl.load(p0, mask=r0, other=0.0), tl.load(p1, mask=r1, other=0.0)
-        u2, u3 = tl.load(p2, mask=r2, other=0.0), tl.load(p3, mask=r3, other=0.0)
-        d0, d1 = tl.load(decay_ptr + c0, mask=r0, other=1.0), tl.load(decay_ptr + c1, mask=r1, other=1.0)
-        d2, d3 = tl.load(decay_ptr + c2, mask=r2, other=1.0), tl.load(decay_ptr + c3, mask=r3, other=1.0)
-        o0, o1, o2, o3 = u0, u1, u2, u3
-        if REVERSE:
-            o0 = tl.load(other_ptr + c0 * SIZE, mask=r0, other=0.0)
-            o1 = tl.load(other_ptr + c1 * SIZE, mask=r1, other=0.0)
-            o2 = tl.load(other_ptr + c2 * SIZE, mask=r2, other=0.0)
-            o3 = tl.load(other_ptr + c3 * SIZE, mask=r3, other=0.0)
-        state = _scan_step(state, u0, o0, p0, passed_ptr + c0 * TILES, d0, r0, REVERSE)
-        state = _scan_step(state, u1, o1, p1, passed_ptr + c1 * TILES, d1, r1, REVERSE)
-        state = _scan_step(state, u2, o2, p2, passed_ptr + c2 * TILES, d2, r2, REVERSE)
-        state = _scan_step(state, u3, o3, p3, passed_ptr + c3 * TILES, d3, r3, REVERSE)
-    return state
-
-
-@triton.jit(do_not_specialize=["C"])
-def scan_states(
-    states_ptr, norms_ptr, decay_ptr, c0_ptr, n0_ptr, other_c_ptr, other_n_ptr, c_end_ptr, n_end_ptr, passed_ptr, C,
-    K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, START: tl.constexpr, END: tl.constexpr, REVERSE: tl.constexpr,
-):  # fmt: skip
-    """Replace each chunk's update by the state before it: S <- decay S + update, from the start or (REVERSE) from the end.
-
-    REVERSE also sums gradient times state (other) as it passes through each chunk. The last program of a head does the normaliser.
-    """
-    tile, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    TILES: tl.constexpr = K * V // BLOCK + 1
-    decay_ptr += bh * C
-    if REVERSE:
-        passed_ptr += bh * C * TILES + tile
-    if tile < TILES - 1:
-        at = tile * BLOCK + tl.arange(0, BLOCK)
-        state = tl.zeros([BLOCK], tl.float32)
-        if START:
-            state = tl.load(c0_ptr + bh * K * V + at).to(tl.float32)
-        all_at = bh * C * K * V + at
-        state = _scan(states_ptr + all_at, other_c_ptr + all_at, passed_ptr, decay_ptr, state, bh * 0, C, K * V, TILES, REVERSE, 4)
-        if END:
-            tl.store(c_end_ptr + bh * K * V + at, state)
-    else:
-        dk = tl.arange(0, K)
-        norm = tl.zeros([K], tl.float32)
-        if START:
-            norm = tl.load(n0_ptr + bh * K + dk).to(tl.float32)
-        every = bh * C * K + dk
-        norm = _scan(norms_ptr + every, other_n_ptr + every, passed_ptr, decay_ptr, norm, bh * 0, C, K, TILES, REVERSE, 4)
-        if END:
-            tl.store(n_end_ptr + bh * K + dk, norm)
+    """One BT x BT block of P, and its share of the denominator (the incoming state's goes with the first key block)."""
+    pair, c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    BLOCKS: tl.constexpr = LC // BT
+    ti, si = _block(pair, BLOCKS)
+    batch, head = bh // H, bh % H
+    lane, dd = tl.arange(0, BT), tl.arange(0, BD)
+    t0, s0 = c * LC + ti * BT, c * LC + si * BT
+    t_real, s_real = lane < T - t0, lane < T - s0
+    q_ptr += batch * stride_qb + head * stride_qh + t0 * stride_qt
+    k_ptr += batch * stride_kb + head * stride_kh + s0 * stride_kt
+    scores = tl.zeros([BT, BT], tl.float32)
+    for d in range(0, K, BD):
+        q = tl.load(q_ptr + lane[:, None] * stride_qt + (d + dd)[None, :], mask=t_real[:, None], other=0.0)
+        k = tl.load(k_ptr + lane[None, :] * stride_kt + (d + dd)[:, None], mask=s_real[None, :], other=0.0)
+        scores = tl.dot(q.to(DT), k.to(DT), scores, input_precision="ieee")
+    read = tl.zeros([BT], tl.float32)
+    if si == 0:
+        for d in range(0, K, BD):
+            q = tl.load(q_ptr + lane[:, None] * stride_qt + (d + dd)[None, :], mask=t_real[:, None], other=0.0)
+            read += tl.sum(q.to(tl.float32) * tl.load(norms_ptr + (bh * C + c) * K + d + dd)[None, :], 1)
+    base, t, s = bh * C * LC, t0 + lane, s0 + lane
+    visible = t[:, None] >= s[None, :]
+    if DOCUMENTS:
+        visible = visible & (tl.load(start_ptr + batch * T + t, mask=t_real, other=0)[:, None] <= s[None, :])
+    logs = tl.where(visible, tl.load(row_ptr + base + t)[:, None] + tl.load(col_ptr + base + s)[None, :], -1e30)
+    p = scores * scale * tl.exp(logs)
+    _store_block(p_ptr + (bh * C + c) * LC * LC, p.to(DT), ti, si, LC, BT)
+    tl.store(den_ptr + (bh * BLOCKS + si) * C * LC + t, tl.sum(p, 1) + read * tl.load(wq_ptr + base + t))
 
 
 @triton.jit(do_not_specialize=["T", "H", "C"])
 def outputs(
-    q_ptr, k_ptr, v_ptr, states_ptr, norms_ptr, row_ptr, col_ptr, mt_ptr, wq_ptr, start_ptr, h_ptr, rn_ptr, side_ptr,
+    q_ptr, k_ptr, v_ptr, p_ptr, den_ptr, states_ptr, norms_ptr, row_ptr, col_ptr, mt_ptr, wq_ptr, start_ptr, h_ptr, rn_ptr, side_ptr,
     T, H, C, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, scale, eps,
     K: tl.constexpr, V: tl.constexpr, LC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
-    DOCUMENTS: tl.constexpr, DT: tl.constexpr,
+    BLOCKS: tl.constexpr, DOCUMENTS: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
-    """h for BM tokens and BN features; 1/n, and the sign of the denominator where it is what n is (else 0: n is its floor)."""
+    """h for BM tokens and BN features; 1/n, and the sign of the denominator where it is what n is (else 0: n is its floor).
+
+    BLOCKS: into how many `pair_scores` has divided a chunk's rows, or 0: P is computed here.
+    """
     pid, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     TN: tl.constexpr = V // BN
     t0, n0 = (pid // TN).to(tl.int64) * BM, (pid % TN) * BN
@@ -163,32 +98,43 @@ def outputs(
     states_ptr += (bh * C + c) * K * V + n0
     norms_ptr += (bh * C + c) * K
 
-    all_q = tl.load(q_ptr + rows[:, None] * stride_qt + dk[None, :], mask=real[:, None], other=0.0)
-    den = tl.sum(all_q.to(tl.float32) * tl.load(norms_ptr + dk)[None, :], 1)
+    wq = tl.load(wq_ptr + at)
+    if BLOCKS == 0:
+        all_q = tl.load(q_ptr + rows[:, None] * stride_qt + dk[None, :], mask=real[:, None], other=0.0)
+        den = tl.sum(all_q.to(tl.float32) * tl.load(norms_ptr + dk)[None, :], 1) * wq
     acc = tl.zeros([BM, BN], tl.float32)
     for d in range(0, K, BD):
         q = tl.load(q_ptr + rows[:, None] * stride_qt + (d + dd)[None, :], mask=real[:, None], other=0.0)
         state = tl.load(states_ptr + (d + dd)[:, None] * V + dn[None, :])
         acc = tl.dot(q.to(DT), state, acc, input_precision="ieee")
-    wq = tl.load(wq_ptr + at)
-    acc, den = acc * wq[:, None], den * wq
+    acc *= wq[:, None]
 
-    row = tl.load(row_ptr + at)
-    if DOCUMENTS:
-        start = tl.load(start_ptr + batch * T + t0 + rows, mask=real, other=0) - (c * LC).to(tl.int32)
-    all_q = all_q.to(DT)
+    if BLOCKS == 0:
+        row, all_q = tl.load(row_ptr + at), all_q.to(DT)
+        if DOCUMENTS:
+            start = tl.load(start_ptr + batch * T + t0 + rows, mask=real, other=0) - (c * LC).to(tl.int32)
+    else:
+        p_ptr += (bh * C + c) * LC * LC + (inner + rows)[:, None] * LC
+        den = tl.zeros([BM], tl.float32)
+        for j in tl.static_range(BLOCKS):  # a share of every block of keys up to the row's own
+            part = den_ptr + (bh * BLOCKS + j) * C * LC + t0 + rows
+            den += tl.load(part, mask=(inner + rows) // (LC // BLOCKS) >= j, other=0.0)
     for s0 in range(0, inner + BM, BS):
         s = s0 + cols
-        k = tl.load(k_ptr + s[None, :] * stride_kt + dk[:, None], mask=(s < left)[None, :], other=0.0)
-        scores = tl.dot(all_q, k.to(DT), input_precision="ieee")
-        visible = (inner + rows)[:, None] >= s[None, :]
-        if DOCUMENTS:
-            visible = visible & (start[:, None] <= s[None, :])
-        col = tl.load(col_ptr + bh * C * LC + c * LC + s)
-        p = scores * tl.exp(tl.where(visible, row[:, None] + col[None, :], -1e30)) * scale
-        den += tl.sum(p, 1)
+        if BLOCKS == 0:
+            k = tl.load(k_ptr + s[None, :] * stride_kt + dk[:, None], mask=(s < left)[None, :], other=0.0)
+            scores = tl.dot(all_q, k.to(DT), input_precision="ieee")
+            visible = (inner + rows)[:, None] >= s[None, :]
+            if DOCUMENTS:
+                visible = visible & (start[:, None] <= s[None, :])
+            col = tl.load(col_ptr + bh * C * LC + c * LC + s)
+            p = scores * tl.exp(tl.where(visible, row[:, None] + col[None, :], -1e30)) * scale
+            den += tl.sum(p, 1)
+            p = p.to(DT)
+        else:
+            p = tl.load(p_ptr + s[None, :])
         v = tl.load(v_ptr + s[:, None] * stride_vt + dn[None, :], mask=(s < left)[:, None], other=0.0)
-        acc = tl.dot(p.to(DT), v.to(DT), acc, input_precision="ieee")
+        acc = tl.dot(p, v.to(DT), acc, input_precision="ieee")
 
     floor = tl.exp(-tl.load(mt_ptr + at))
     rn = 1.0 / (tl.maximum(tl.abs(den), floor) + eps)
@@ -202,23 +148,17 @@ def outputs(
 
 @triton.jit(do_not_specialize=["T", "H", "C"])
 def pair_gradients(
-    q_ptr, k_ptr, v_ptr, dh_ptr, h_ptr, dot_ptr, row_ptr, col_ptr, rn_ptr, side_ptr, start_ptr,
-    p_ptr, ds_ptr, delta_ptr, row_sum_ptr, col_sum_ptr, diagonal_ptr,
+    q_ptr, k_ptr, v_ptr, dh_ptr, row_ptr, col_ptr, rn_ptr, delta_ptr, start_ptr,
+    p_ptr, ds_ptr, row_sum_ptr, col_sum_ptr, diagonal_ptr,
     T, H, C, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh, stride_gb, stride_gt, stride_gh, scale,
     K: tl.constexpr, V: tl.constexpr, LC: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
-    INLINE: tl.constexpr, DOT: tl.constexpr, KEEP: tl.constexpr, DOCUMENTS: tl.constexpr, DT: tl.constexpr,
+    KEEP: tl.constexpr, DOCUMENTS: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
-    """One BT x BT block of a chunk's pairs: dS and (KEEP) P/n, stored as products will read them, and the sums of W = dS * S.
-
-    Also delta = -<dh, h> sign of the denominator, with <dh, h> given (DOT) or summed here.
-    """
+    """One BT x BT block of a chunk's pairs: dS and (KEEP) P/n, stored as products will read them, and the sums of W = dS * S."""
     pair, c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     BLOCKS: tl.constexpr = LC // BT
-    ti = 0
-    for i in tl.static_range(1, BLOCKS):  # pairs (0,0), (1,0), (1,1), (2,0), ...
-        ti += (pair >= i * (i + 1) // 2).to(tl.int32)
-    si = pair - ti * (ti + 1) // 2
+    ti, si = _block(pair, BLOCKS)
     batch, head = bh // H, bh % H
     lane, dd = tl.arange(0, BT), tl.arange(0, BD)
     t0, s0 = c * LC + ti * BT, c * LC + si * BT
@@ -233,49 +173,29 @@ def pair_gradients(
         q = tl.load(q_ptr + lane[:, None] * stride_qt + (d + dd)[None, :], mask=t_real[:, None], other=0.0)
         k = tl.load(k_ptr + lane[None, :] * stride_kt + (d + dd)[:, None], mask=s_real[None, :], other=0.0)
         scores = tl.dot(q.to(DT), k.to(DT), scores, input_precision="ieee")
-    token = (batch * T + t0 + lane) * H + head
-    dp, dot = tl.zeros([BT, BT], tl.float32), tl.zeros([BT], tl.float32)
+    dp = tl.zeros([BT, BT], tl.float32)
     for d in range(0, V, BD):
         g = tl.load(g_ptr + lane[:, None] * stride_gt + (d + dd)[None, :], mask=t_real[:, None], other=0.0)
         v = tl.load(v_ptr + lane[None, :] * stride_vt + (d + dd)[:, None], mask=s_real[None, :], other=0.0)
-        if INLINE and not DOT:
-            h = tl.load(h_ptr + token[:, None] * V + (d + dd)[None, :], mask=t_real[:, None], other=0.0)
-            dot += tl.sum(g.to(tl.float32) * h.to(tl.float32), 1)
         dp = tl.dot(g.to(DT), v.to(DT), dp, input_precision="ieee")
-    if DOT:
-        dot = tl.load(dot_ptr + token, mask=t_real, other=0.0)
-    elif not INLINE:
-        for d in range(0, V, BD):
-            g = tl.load(g_ptr + lane[:, None] * stride_gt + (d + dd)[None, :], mask=t_real[:, None], other=0.0)
-            h = tl.load(h_ptr + token[:, None] * V + (d + dd)[None, :], mask=t_real[:, None], other=0.0)
-            dot += tl.sum(g.to(tl.float32) * h.to(tl.float32), 1)
 
-    base = bh * C * LC
-    t, s = t0 + lane, s0 + lane
-    row, rn, col = tl.load(row_ptr + base + t), tl.load(rn_ptr + base + t), tl.load(col_ptr + base + s)
-    delta = -dot * tl.load(side_ptr + base + t)
-    if si == 0:
-        tl.store(delta_ptr + base + t, delta)
+    base, t, s = bh * C * LC, t0 + lane, s0 + lane
+    row, rn, delta = tl.load(row_ptr + base + t), tl.load(rn_ptr + base + t), tl.load(delta_ptr + base + t)
+    col = tl.load(col_ptr + base + s)
     visible = (t[:, None] >= s[None, :]) & t_real[:, None]
     if DOCUMENTS:
         start_t = tl.load(start_ptr + batch * T + t, mask=t_real, other=0)
         visible = visible & (start_t[:, None] <= s[None, :])
     weight = tl.exp(tl.where(visible, row[:, None] + col[None, :], -1e30)) * (rn * scale)[:, None]
     ds = (dp + delta[:, None]) * weight
-    inside = (bh * C + c) * LC * LC + (ti * BT + lane)[:, None] * LC + (si * BT + lane)[None, :]
+    chunk = (bh * C + c) * LC * LC
     if KEEP:
-        tl.store(p_ptr + inside, (scores * weight).to(DT))
-    tl.store(ds_ptr + inside, ds.to(DT))
+        _store_block(p_ptr + chunk, (scores * weight).to(DT), ti, si, LC, BT)
+    _store_block(ds_ptr + chunk, ds.to(DT), ti, si, LC, BT)
     w = ds * scores
     strict = tl.where(t[:, None] > s[None, :], w, 0.0)
     tl.store(row_sum_ptr + (bh * BLOCKS + si) * C * LC + t, tl.sum(strict, 1))
     tl.store(col_sum_ptr + (bh * BLOCKS + ti) * C * LC + s, tl.sum(strict, 0))
-    if BT < 128:
-        if (si == ti - 1) & (ti % 2 == 1):  # `_combine` reads squares of two blocks on the diagonal whole
-            above = (bh * C + c) * LC * LC + (si * BT + lane)[:, None] * LC + (ti * BT + lane)[None, :]
-            tl.store(ds_ptr + above, tl.zeros([BT, BT], DT))
-            if KEEP:
-                tl.store(p_ptr + above, tl.zeros([BT, BT], DT))
     if ti == si:
         tl.store(diagonal_ptr + base + t, tl.sum(tl.where(t[:, None] == s[None, :], w, 0.0), 1))
 

@@ -18,6 +18,8 @@ from ..launching import Launches, padded
 from . import triton_cell as cell
 from . import triton_gates as gates
 from . import triton_norm as norm
+from . import triton_states as recurrence
+from .triton_step import decode_step
 
 
 class Tile(NamedTuple):
@@ -39,29 +41,33 @@ class Config:
     """
 
     chunk: int
+    scores: Tile | None  # of a kernel for P, or None: `outputs` computes P where it needs it
     outputs: Tile
     updates: Tile
     pairs: Tile
     gradients: Tile
     scan: Tile
     scan_back: Tile
-    keep: bool = True  # P/n in memory between the pairs and dv, or computed again
+    keep: bool  # P/n in memory between the pairs and dv, or computed again
 
 
-def _config(chunk: int, outputs: tuple, updates: tuple, pairs: tuple, gradients: tuple) -> Config:
+def _config(chunk: int, scores: tuple | None, outputs: tuple, updates: tuple, pairs: tuple, gradients: tuple, keep: bool) -> Config:
     """Each tile: sizes, warps, stages."""
-    rows = ("BM", "BN", "BS", "BD")
-    names = rows, ("BK", "BV", "BT", "GROUP"), ("BT", "BD", "INLINE"), rows
-    each = [Tile(dict(zip(n, t, strict=False)), *t[len(n) :]) for n, t in zip(names, (outputs, updates, pairs, gradients), strict=True)]
-    return Config(chunk, *each, Tile({"BLOCK": 1024}, 8, 1), Tile({"BLOCK": 1024}, 2, 1))
+    rows, pair = ("BM", "BN", "BS", "BD"), ("BT", "BD")
+    names, tiles = (pair, rows, ("BK", "BV", "BT", "GROUP"), pair, rows), (scores, outputs, updates, pairs, gradients)
+    each = [t and Tile(dict(zip(n, t, strict=False)), *t[len(n) :]) for n, t in zip(names, tiles, strict=True)]
+    return Config(chunk, *each, Tile({"BLOCK": 512}, 4, 1), Tile({"BLOCK": 1024}, 2, 1), keep)
 
 
-# The fastest of those tried (docs/kernels.md); each was checked against float64, gradients included.
+# The fastest of those that `benchmarks/mlstm_tiles.py` tried on an H200 (docs/kernels.md); each was checked against float64, gradients
+# included. P/n is kept where dv is fastest so; computed again it saves B*H*T*chunk numbers at the peak.
 CONFIGS: dict[tuple[int, int], Config] = {
-    (64, 64): _config(128, (64, 64, 64, 64, 4, 3), (64, 64, 64, 1, 4, 3), (128, 64, 0, 8, 4), (64, 64, 64, 64, 4, 2)),
-    (64, 128): _config(128, (64, 128, 64, 64, 4, 3), (64, 128, 64, 1, 4, 3), (128, 64, 0, 8, 4), (64, 64, 64, 64, 4, 2)),
-    (128, 256): _config(256, (64, 256, 64, 64, 4, 2), (64, 256, 64, 1, 4, 2), (128, 64, 0, 8, 4), (128, 256, 64, 64, 8, 3)),
-    (256, 512): _config(256, (128, 256, 32, 64, 8, 3), (64, 256, 64, 1, 4, 2), (128, 64, 0, 8, 4), (128, 256, 64, 64, 8, 3)),
+    (64, 64): _config(128, None, (64, 64, 32, 64, 4, 3), (64, 64, 64, 2, 4, 3), (64, 64, 4, 3), (64, 64, 32, 32, 4, 3), False),
+    (64, 128): _config(128, None, (64, 128, 32, 64, 4, 3), (64, 128, 64, 2, 4, 3), (64, 64, 4, 3), (64, 128, 32, 32, 4, 3), False),
+    (128, 256): _config(256, None, (64, 256, 32, 32, 4, 3), (64, 128, 64, 2, 4, 3), (64, 64, 4, 4), (128, 256, 64, 64, 8, 3), False),
+    (256, 512): _config(
+        256, (64, 64, 4, 3), (128, 128, 64, 64, 8, 3), (128, 128, 64, 4, 8, 3), (64, 64, 4, 4), (128, 256, 64, 64, 8, 3), True
+    ),
 }
 
 # The type of the products' operands and of saved states. float16 inputs are rounded to bfloat16 there: a state may exceed 65,504.
@@ -101,15 +107,17 @@ def _constants(config: Config, d_qk: int, d_v: int, dtype: torch.dtype, document
     size, dt = {"K": d_qk, "V": d_v, "LC": config.chunk}, {"DT": _PRODUCT[dtype][0]}
     flags = {"START": initial, "END": end, "REVERSE": back}
     scan = (config.scan_back if back else config.scan).options()
-    pairs = {**size, "KEEP": config.keep, "DOCUMENTS": documents, **dt, **config.pairs.options()}
+    updates = {**size, "BACK": back, **dt, **config.updates.options()}
+    blocks = 0 if config.scores is None else config.chunk // config.scores.sizes["BT"]
     return SimpleNamespace(
         gates={"LC": config.chunk, "DOCUMENTS": documents, "num_warps": 4},
         weights={"LC": config.chunk, "SUMMARIES": 128, "DOCUMENTS": documents, "INITIAL": initial, "num_warps": 4},
-        updates={**size, "BACK": back, **dt, **config.updates.options()},
+        updates={**updates, "DOT": False},
+        updates_given={**updates, "DOT": True},
+        scores=config.scores and {"K": d_qk, "LC": config.chunk, "DOCUMENTS": documents, **dt, **config.scores.options()},
         scan={"K": d_qk, "V": d_v, **flags, **scan},
-        outputs={**size, "DOCUMENTS": documents, **dt, **config.outputs.options()},
-        pairs={**pairs, "DOT": False},
-        pairs_given={**pairs, "DOT": True},
+        outputs={**size, "BLOCKS": blocks, "DOCUMENTS": documents, **dt, **config.outputs.options()},
+        pairs={**size, "KEEP": config.keep, "DOCUMENTS": documents, **dt, **config.pairs.options()},
         gradients={**size, "KEEP": config.keep, "DOCUMENTS": documents, **dt, **config.gradients.options()},
         gate_gradients={
             "LC": config.chunk, "BLOCKS": config.chunk // config.pairs.sizes["BT"], "TILE_BLOCK": 64, "DOCUMENTS": documents, "num_warps": 4
@@ -133,13 +141,16 @@ def forward(q, k, v, igate, fgate, start, c0, n0, m0, want_state: bool, gate_cap
 
     tokens, scale = bh * chunks * lc, d_qk**-0.5
     parts, scratch = _parts(bh, chunks, lc, d_qk), [tokens] * 4 + [bh * chunks] * 2 + [bh]
+    blocks, product = constants.outputs["BLOCKS"], _PRODUCT[q.dtype][1]
+    scratch += [tokens * blocks, tokens * lc * product.itemsize // 4 if blocks else 0]
     saved, spare = _float32(q, sum(map(padded, parts))), _float32(q, sum(map(padded, scratch)))
     row, col, wq, wk, rn, side, decay, norms = launch.regions(saved, parts)
-    b, ig, top, mt, total, summit, m_last = launch.regions(spare, scratch)
+    b, ig, top, mt, total, summit, m_last, den, p = launch.regions(spare, scratch)
+    p = p if launch.direct else p.view(product)
     c_end = n_end = m_end = None
     if want_state:
         c_end, n_end, m_end = (_float32(q, batch, heads, *rest) for rest in ((d_qk, d_v), (d_qk,), ()))
-    states = torch.empty((bh, chunks, d_qk, d_v), dtype=_PRODUCT[q.dtype][1], device=q.device)
+    states = torch.empty((bh, chunks, d_qk, d_v), dtype=product, device=q.device)
     h = torch.empty((batch, length, heads, d_v), dtype=v.dtype, device=q.device)
     start_at, i_at, f_at, q_at, k_at, v_at = at(start), at(igate), at(fgate), at(q), at(k), at(v)
     size, by_q, by_k, by_v = (length, heads, chunks), q.stride()[:3], k.stride()[:3], v.stride()[:3]
@@ -154,13 +165,21 @@ def forward(q, k, v, igate, fgate, start, c0, n0, m0, want_state: bool, gate_cap
         constants.weights,
     )  # fmt: skip
     _states(
-        launch, constants, config, (k_at, v_at, wk, wk, wk), decay, at(states), norms,
+        launch, constants.updates, constants.scan, config, (k_at, v_at, wk, wk, wk, wk, wk, wk), decay, at(states), norms,
         (at(c0), at(n0)), (at(states), norms), (at(c_end), at(n_end)), decay, (batch, *size, d_qk, d_v), (*by_k, *by_v),
     )  # fmt: skip
+    if blocks:
+        launch(
+            cell.pair_scores, (blocks * (blocks + 1) // 2, chunks, bh),
+            (q_at, k_at, row, col, wq, norms, start_at, p, den, *size, *by_q, *by_k, scale), constants.scores,
+        )  # fmt: skip
     tile = config.outputs.sizes
     launch(
         cell.outputs, (chunks * lc // tile["BM"] * (d_v // tile["BN"]), bh, 1),
-        (q_at, k_at, v_at, at(states), norms, row, col, mt, wq, start_at, at(h), rn, side, *size, *by_q, *by_k, *by_v, scale, eps),
+        (
+            q_at, k_at, v_at, p, den, at(states), norms, row, col, mt, wq, start_at, at(h), rn, side,
+            *size, *by_q, *by_k, *by_v, scale, eps,
+        ),
         constants.outputs,
     )  # fmt: skip
     launch.finish()
@@ -172,15 +191,17 @@ def passed_tiles(config: Config, d_qk: int, d_v: int) -> int:
     return d_qk * d_v // config.scan_back.sizes["BLOCK"] + 1
 
 
-def _states(launch, constants, config: Config, operands, decay, states, norms, begin, others, end, passed, shape, strides) -> None:
-    """The state before every chunk, in place, or its gradient: operands x, y, weights, 1/n and delta; begin, end: (C, n) or None."""
+def _states(launch, updates, scan, config: Config, operands, decay, states, norms, begin, others, end, passed, shape, strides) -> None:
+    """The state before every chunk, in place, or its gradient.
+
+    updates, scan: constants; operands: x, y, weights, 1/n, side, h, <dh, h>, delta; begin, end: (C, n) or None.
+    """
     batch, length, heads, chunks, d_k, d_v = shape
-    size, bh = (length, heads, chunks), batch * heads
-    tile = config.updates.sizes
-    grid = d_k // tile["BK"] * (d_v // tile["BV"]), -(-chunks // tile["GROUP"]), bh
-    launch(cell.chunk_updates, grid, (*operands, states, norms, *size, *strides), constants.updates)
-    grid = d_k * d_v // constants.scan["BLOCK"] + 1, bh, 1
-    launch(cell.scan_states, grid, (states, norms, decay, *begin, *others, *end, passed, chunks), constants.scan)
+    size, bh, tile = (length, heads, chunks), batch * heads, config.updates.sizes
+    grid = d_k // tile["BK"] * (d_v // tile["BV"]) + tile["GROUP"], -(-chunks // tile["GROUP"]), bh
+    launch(recurrence.chunk_updates, grid, (*operands, states, norms, *size, *strides), updates)
+    grid = d_k * d_v // scan["BLOCK"] + 1, bh, 1
+    launch(recurrence.scan_states, grid, (states, norms, decay, *begin, *others, *end, passed, chunks), scan)
 
 
 def backward(q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, saved: Saved, want_initial: bool, gate_cap, eps, config: Config):
@@ -205,18 +226,19 @@ def backward(q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, saved: Sa
     size = length, heads, chunks
     by_q, by_k, by_v, by_g = q.stride()[:3], k.stride()[:3], v.stride()[:3], dh.stride()[:3]
 
+    dc0, dn0 = (_float32(q, batch, heads, d_qk, d_v), _float32(q, batch, heads, d_qk)) if want_initial else (None, None)
+    _states(
+        launch, constants.updates if dot is None else constants.updates_given, constants.scan, config,
+        (q_at, g_at, wq, rn, side, at(h), at(dot), delta), decay, d_states, d_norms,
+        (at(dc_end), at(dn_end)), (at(saved.states), norms), (at(dc0), at(dn0)), passed, (batch, *size, d_qk, d_v), (*by_q, *by_g),
+    )  # fmt: skip
     launch(
         cell.pair_gradients, (blocks * (blocks + 1) // 2, chunks, bh),
         (
-            q_at, k_at, v_at, g_at, at(h), at(dot), row, col, rn, side, start_at, p, ds, delta, row_sum, col_sum, diagonal,
+            q_at, k_at, v_at, g_at, row, col, rn, delta, start_at, p, ds, row_sum, col_sum, diagonal,
             *size, *by_q, *by_k, *by_v, *by_g, d_qk**-0.5,
         ),
-        constants.pairs_given if dot is not None else constants.pairs,
-    )  # fmt: skip
-    dc0, dn0 = (_float32(q, batch, heads, d_qk, d_v), _float32(q, batch, heads, d_qk)) if want_initial else (None, None)
-    _states(
-        launch, constants, config, (q_at, g_at, wq, rn, delta), decay, d_states, d_norms,
-        (at(dc_end), at(dn_end)), (at(saved.states), norms), (at(dc0), at(dn0)), passed, (batch, *size, d_qk, d_v), (*by_q, *by_g),
+        constants.pairs,
     )  # fmt: skip
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
     tile = config.gradients.sizes
@@ -248,10 +270,11 @@ def norm_gate_forward(h: Tensor, ogate: Tensor, weight: Tensor, eps: float) -> T
     y = torch.empty_like(ogate)
     total = batch * length * heads
     launch = Launches(("norm", d_v), (h, ogate, weight, y))
+    block = max(2, 512 // d_v)
     launch(
-        norm.norm_gate, (-(-total // 8), 1, 1),
+        norm.norm_gate, (-(-total // block), 1, 1),
         (*map(launch.pointer, (h, ogate, weight, y)), total, length, heads, *ogate.stride()[:3], *y.stride()[:3], eps),
-        {"V": d_v, "BR": 8, "num_warps": 4},
+        {"V": d_v, "BR": block, "num_warps": 2},
     )  # fmt: skip
     launch.finish()
     return y
@@ -262,8 +285,8 @@ def norm_gate_backward(dy: Tensor, h: Tensor, ogate: Tensor, weight: Tensor, eps
     batch, length, heads, d_v = h.shape
     dy, ogate = rows(dy), rows(ogate)
     dh, dogate, dot = torch.empty_like(h), torch.empty_like(ogate), _float32(h, *h.shape[:3])
-    block = min(8, 2048 // d_v)  # rows at a time: with more a thread has no registers left
-    programs = max(1, min(512 // heads, -(-batch * length // block)))
+    block = 1024 // d_v  # rows at a time: with more a thread has no registers left
+    programs = max(1, min((2048 if d_v == 512 else 1024) // heads, -(-batch * length // block)))
     partial = _float32(h, programs, heads * d_v)
     launch = Launches(("norm backward", d_v, block), (dy, h, ogate, weight, dogate))
     launch(
@@ -272,7 +295,25 @@ def norm_gate_backward(dy: Tensor, h: Tensor, ogate: Tensor, weight: Tensor, eps
             *map(launch.pointer, (dy, h, ogate, weight, dh, dogate, dot, partial)),
             batch * length, length, heads, *dy.stride()[:3], *ogate.stride()[:3], *dogate.stride()[:3], eps,
         ),
-        {"V": d_v, "BR": block, "num_warps": 4},
+        {"V": d_v, "BR": block, "num_warps": 2},
     )  # fmt: skip
     launch.finish()
     return dh, dogate, partial.sum(0).to(weight.dtype), dot
+
+
+def step(q, k, v, igate, fgate, c, n, m, gate_cap: float, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h (B, H, V) of one token, and the new C, n, m (contiguous). q, k (B, H, K), v (B, H, V), gates (B, H)."""
+    batch, heads, d_qk = q.shape
+    d_v = v.shape[-1]
+    q, k, v, c, n, m = rows(q), rows(k), rows(v), c.contiguous(), n.contiguous(), m.contiguous()
+    given, out = (q, k, v, igate, fgate, c, n, m), (v.new_empty(v.shape), torch.empty_like(c), torch.empty_like(n), torch.empty_like(m))
+    block_v = min(d_v, 32)
+    launch = Launches(("step", d_qk, d_v), given)
+    strides = [x.stride(i) for x in (q, k, v, igate, fgate) for i in (0, 1)]
+    launch(
+        decode_step, (d_v // block_v, batch * heads, 1),
+        (*map(launch.pointer, (*given, *out)), heads, *strides, d_qk**-0.5, gate_cap, eps),
+        {"K": d_qk, "V": d_v, "BK": min(d_qk, 64), "BV": block_v, "num_warps": 4},
+    )  # fmt: skip
+    launch.finish()
+    return out

@@ -13,7 +13,6 @@ from torch.autograd.function import once_differentiable
 
 from . import triton_launch as launch
 from .state import MlstmState
-from .triton_step import decode_step
 
 SHAPES = tuple(launch.CONFIGS)  # (d_qk, d_v) with a tested configuration
 
@@ -124,9 +123,7 @@ def _differentiate(run, ctx, dh, dc_end, dn_end):
         dn_end = q.new_zeros(batch, heads, d_qk, dtype=torch.float32) if dn_end is None else dn_end.contiguous()
     else:
         dc_end = dn_end = None
-    gradients = run(
-        q, k, v, igate, fgate, start, h, dh, None, dc_end, dn_end, scalars, states, ctx.want_initial, ctx.gate_cap, ctx.eps
-    )
+    gradients = run(q, k, v, igate, fgate, start, h, dh, None, dc_end, dn_end, scalars, states, ctx.want_initial, ctx.gate_cap, ctx.eps)
     initial = gradients[5:] if ctx.want_initial else (None, None)
     return *gradients[:5], None, *initial, None, None, None, None
 
@@ -232,22 +229,14 @@ class _MlstmFused(torch.autograd.Function):
         return _differentiate_fused(launch.norm_gate_backward, _launch_backward, ctx, dy)
 
 
-@torch.library.custom_op("swax::mlstm_step", mutates_args=())
-def mlstm_step_op(
+def _step(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, c: Tensor, n: Tensor, m: Tensor, gate_cap: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One decoding step, without a gradient: h (B, H, V) and the new C, n, m (contiguous)."""
-    batch, heads, d_qk = q.shape
-    d_v = v.shape[-1]
-    q, k, v, c, n, m = launch.rows(q), launch.rows(k), launch.rows(v), c.contiguous(), n.contiguous(), m.contiguous()
-    h, c_new, n_new, m_new = v.new_empty(v.shape), torch.empty_like(c), torch.empty_like(n), torch.empty_like(m)
-    block_k, block_v = min(d_qk, 64), min(d_v, 32)
-    decode_step[(d_v // block_v, batch * heads)](
-        q, k, v, igate, fgate, c, n, m, h, c_new, n_new, m_new,
-        heads, *(s for x in (q, k, v, igate, fgate) for s in (x.stride(0), x.stride(1))),
-        d_qk**-0.5, gate_cap, eps, K=d_qk, V=d_v, BK=block_k, BV=block_v, num_warps=4,
-    )  # fmt: skip
-    return h, c_new, n_new, m_new
+    return launch.step(q, k, v, igate, fgate, c, n, m, gate_cap, eps)
+
+
+mlstm_step_op = torch.library.custom_op("swax::mlstm_step", _step, mutates_args=())
 
 
 @mlstm_step_op.register_fake
@@ -284,5 +273,6 @@ def mlstm_fused_cell(
 
 
 def mlstm_step_cell(q, k, v, igate, fgate, state: MlstmState, gate_cap: float | None, eps: float) -> tuple[Tensor, MlstmState]:
-    h, *new = mlstm_step_op(q, k, v, igate, fgate, *state, _no_cap(gate_cap), eps)
+    run = mlstm_step_op if torch.compiler.is_compiling() else _step
+    h, *new = run(q, k, v, igate, fgate, *state, _no_cap(gate_cap), eps)
     return h, MlstmState(*new)

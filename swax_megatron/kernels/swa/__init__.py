@@ -43,14 +43,17 @@ def swa(
     Returns (B, T, H, D) in q's dtype; softmax in float32. Time and memory O(T * window). Raises ValueError naming the argument.
     """
     _check(q_bthd, k_btgd, v_btgd, window, cu_seqlens, backend)
+    if softmax_scale is not None and not softmax_scale > 0:
+        raise ValueError(f"softmax_scale must be > 0, got {softmax_scale!r}")
     if _use_triton(backend, q_bthd):
         from .triton_op import attend
 
         start, end = (None, None) if cu_seqlens is None else document_bounds(cu_seqlens, *k_btgd.shape[:2])
         scale = q_bthd.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         length, window = q_bthd.shape[1], min(window, k_btgd.shape[1])
-        if k_btgd.shape[1] > length:
-            q_bthd, k_btgd, v_btgd, start, end = _beside_idle_queries(q_bthd, k_btgd, v_btgd, start, end)
+        if k_btgd.shape[1] == length:
+            return attend(q_bthd, k_btgd, v_btgd, window, start, end, scale)
+        q_bthd, k_btgd, v_btgd, start, end = _beside_idle_queries(q_bthd, k_btgd, v_btgd, start, end)
         return attend(q_bthd, k_btgd, v_btgd, window, start, end, scale)[:, -length:]
     with torch.autocast(q_bthd.device.type, enabled=False):
         return swa_blocked(q_bthd, k_btgd, v_btgd, window, cu_seqlens=cu_seqlens, softmax_scale=softmax_scale)
