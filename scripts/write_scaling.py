@@ -138,6 +138,7 @@ def measured() -> list[str]:
         raw["parallel"] = {}
         raw["data"]["sequence_length"] = length
         raw["train"] |= {"micro_batch_size": rows, "global_batch_size": rows * line["micro-batches"], "recompute": line["recompute"]}
+        raw["train"]["loss_chunk"] = 1024  # as it was then
         raw["window"] |= {"schedule": "fixed", "windows": [line["window"]], "probabilities": None, "anneal_fraction": 0.0}
         planned, seconds = duration(Layout.of(from_dict(raw), 1, "triton"), Cluster(gpus_per_node=1)).total, line["seconds"]
         lines.append(
