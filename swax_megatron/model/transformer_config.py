@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from swax_megatron.model.pattern import parse_pattern
 from swax_megatron.model.stages import stage_layers
+from swax_megatron.parallel.device import collective_backend
 from swax_megatron.parallel.groups import Groups
 from swax_megatron.schema import Config, KernelConfig, ModelConfig
 
@@ -84,7 +84,7 @@ def transformer_config(config: Config, groups: Groups) -> SwaxTransformerConfig:
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         apply_rope_fusion=False,
-        batch_p2p_comm=dist.get_backend(groups.pipeline) == "nccl",  # over its group's communicator; singly NCCL makes one a pair
+        batch_p2p_comm=collective_backend() == "nccl",  # over its group's communicator; singly NCCL makes one a pair
         batch_p2p_sync=False,
         deallocate_pipeline_outputs=True,
         hetereogenous_dist_checkpoint=True,
