@@ -155,7 +155,7 @@ def measured_on_two() -> list[str]:
             continue
         raw = to_dict(load_config(ROOT / "configs" / MODELS["1.4B"]))
         raw["parallel"] = MEASURED[line["layout"]]
-        raw["train"] |= {"micro_batch_size": 1, "global_batch_size": line["rows"]}
+        raw["train"] |= {"micro_batch_size": 1, "global_batch_size": line["rows"], "recompute": "selective", "loss_chunk": 1024}  # as then
         raw["window"] |= {"schedule": "fixed", "windows": [line["window"]], "probabilities": None, "anneal_fraction": 0.0}
         size, seconds = line["processes"], line["seconds"]
         planned = duration(Layout.of(from_dict(raw), size, "triton"), Cluster(gpus_per_node=size)).total
