@@ -193,8 +193,8 @@ def ours(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     build_seconds = time.perf_counter() - began
     spare_collector()
     products = [False, True] if options.fp8 else [config.train.fp8]
-    cases = itertools.product(options.shapes, options.accumulate, options.recompute or [config.train.recompute], products)
-    for shape, accumulate, recompute, small in cases:
+    cases = itertools.product(options.accumulate, options.shapes, options.recompute or [config.train.recompute], products)
+    for accumulate, shape, recompute, small in cases:
         config = settings(options, shape, accumulate)
         for chunk in backend.chunks:
             chunk.config.recompute_granularity = None if recompute == "none" else recompute

@@ -138,6 +138,7 @@ def measured() -> list[str]:
         raw["parallel"] = {}
         raw["data"]["sequence_length"] = length
         raw["train"] |= {"micro_batch_size": rows, "global_batch_size": rows * line["micro-batches"], "recompute": line["recompute"]}
+        raw["train"]["loss_chunk"] = 1024  # as it was then
         raw["window"] |= {"schedule": "fixed", "windows": [line["window"]], "probabilities": None, "anneal_fraction": 0.0}
         planned, seconds = duration(Layout.of(from_dict(raw), 1, "triton"), Cluster(gpus_per_node=1)).total, line["seconds"]
         lines.append(
@@ -154,7 +155,7 @@ def measured_on_two() -> list[str]:
             continue
         raw = to_dict(load_config(ROOT / "configs" / MODELS["1.4B"]))
         raw["parallel"] = MEASURED[line["layout"]]
-        raw["train"] |= {"micro_batch_size": 1, "global_batch_size": line["rows"]}
+        raw["train"] |= {"micro_batch_size": 1, "global_batch_size": line["rows"], "recompute": "selective", "loss_chunk": 1024}  # as then
         raw["window"] |= {"schedule": "fixed", "windows": [line["window"]], "probabilities": None, "anneal_fraction": 0.0}
         size, seconds = line["processes"], line["seconds"]
         planned = duration(Layout.of(from_dict(raw), size, "triton"), Cluster(gpus_per_node=size)).total

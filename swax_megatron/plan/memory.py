@@ -65,6 +65,8 @@ def memory(layout: Layout, stage: int) -> Memory:
     working = max(0.0, max(passing, _received(layout)) - logits)
     spare = activations + states + logits + working
     working += max(0.0, update - spare)
+    if layout.microbatches == 1 and _direct(layout, layout.config.optimizer.zero_stage):
+        gradients = max(0.0, gradients - spare)  # they appear as the activations go that they come from
     if layout.config.optimizer.backend == "zero" and layout.config.optimizer.zero_stage == 3:
         working += layout.width * min(GATHERED, layout.parameters(stage))  # whole weights, in forward and backward
     return Memory(weights, gradients, optimizer, activations, states, logits, working, host, snapshot, resident)

@@ -33,5 +33,6 @@ def test_interpreted_kernels_match_the_reference() -> None:
 )
 def test_eight_bits_are_refused_where_they_cannot_run(sections: dict, named: str) -> None:
     raw = {"data": {"train": [{"path": "somewhere"}]}, "validation": {"interval": 0}, **sections}
+    raw["optimizer"] = {"warmup": 10, **sections.get("optimizer", {})}
     with pytest.raises(ValueError, match=named):
         validate(from_dict(raw), cuda=False)
