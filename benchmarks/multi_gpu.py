@@ -45,7 +45,8 @@ LAYOUTS: dict[str, list[str]] = {
     "PP, four times the rows": ["parallel.pipeline={n}", "train.global_batch_size={many}"],
     "TP": ["parallel.tensor={n}", "parallel.sequence=false"],
     "TP SP overlapped": ["parallel.tensor={n}", "parallel.overlap=true"],
-    "TP SP, rows of 512 tokens": ["parallel.tensor={n}", "data.sequence_length=512"],  # what the host takes to launch a step
+    # what the host takes to launch a step
+    "TP SP, rows of 512 tokens": ["parallel.tensor={n}", "data.sequence_length=512", "window.windows=[128,512]"],
     "TP SP, two rows": ["parallel.tensor={n}", "train.micro_batch_size=2"],
     "TP SP overlapped, two rows": ["parallel.tensor={n}", "parallel.overlap=true", "train.micro_batch_size=2"],
     "DP Megatron": ["optimizer.backend=megatron"],

@@ -12,7 +12,7 @@ from swax_megatron.model.pattern import parse_pattern
 from swax_megatron.model.stages import stage_layers
 from swax_megatron.parallel.device import collective_backend
 from swax_megatron.parallel.groups import Groups
-from swax_megatron.schema import Config, KernelConfig, ModelConfig
+from swax_megatron.schema import Config, KernelConfig, ModelConfig, ParallelConfig
 
 
 @dataclass
@@ -36,6 +36,15 @@ def stage_layout(config: Config) -> list[list[str]] | None:
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")
     return stages
+
+
+def _batched_exchange(parallel: ParallelConfig) -> bool:
+    """Whether a pipeline stage posts its sends and receives together: over their group's communicator, where singly NCCL makes one a pair.
+
+    Not where both neighbours of an interleaved stage are the same rank: NCCL pairs one batch's transfers by their order alone, and a stage
+    would take what was sent forward for what was sent backward.
+    """
+    return collective_backend() == "nccl" and not (parallel.pipeline == 2 and (parallel.virtual_pipeline or 1) > 1)
 
 
 def transformer_config(config: Config, groups: Groups) -> SwaxTransformerConfig:
@@ -84,7 +93,7 @@ def transformer_config(config: Config, groups: Groups) -> SwaxTransformerConfig:
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         apply_rope_fusion=False,
-        batch_p2p_comm=collective_backend() == "nccl",  # over its group's communicator; singly NCCL makes one a pair
+        batch_p2p_comm=_batched_exchange(parallel),
         batch_p2p_sync=False,
         deallocate_pipeline_outputs=True,
         hetereogenous_dist_checkpoint=True,

@@ -129,3 +129,9 @@ def test_wrong_documents_are_named():
     for boundaries, message in (([0, 40, 74], "every row end"), ([1, 37, 74], "must start at 0"), ([0, 37, 36, 74], "must not decrease")):
         with pytest.raises(ValueError, match=message):
             swa(*make_inputs(), 8, cu_seqlens=torch.tensor(boundaries, dtype=torch.int32))
+
+
+def test_a_scale_that_is_not_positive_is_refused():
+    for scale in (0.0, -0.125, float("nan")):
+        with pytest.raises(ValueError, match="softmax_scale must be > 0"):
+            swa(*make_inputs(), 8, softmax_scale=scale)
