@@ -72,7 +72,7 @@ def test_proposals_are_valid_fit_and_are_sorted() -> None:
     cluster = Cluster(gpus_per_node=8, gib=40.0)
     config = load_config(CONFIG)
     found = proposals(config, 8, cluster, 20)
-    times = [each.duration.total for each in found]
+    times = [round(each.duration.total, 4) for each in found]  # what lies closer together is sorted by simplicity
     assert len(found) == 20 and times == sorted(times)
     for each in found:
         again = load_config(CONFIG, each.overrides())
