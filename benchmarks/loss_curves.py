@@ -41,7 +41,12 @@ SMOOTH = 20  # steps that a smoothed loss is the mean of
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.loss_curves",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python -m benchmarks.loss_curves --seeds 2 --out benchmarks/results/loss_curves.jsonl",
+    )
     parser.add_argument("--steps", type=int, default=200, help="updates of every arm (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the reference (default: %(default)s)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
