@@ -2,7 +2,7 @@
 
 All points are checked before the first starts. A point runs as ``python -m launcher.run`` would run it, in a directory of its own;
 what it prints is in its console.log. With several points at once (concurrent: in the file, or --concurrent) the GPUs are shared out
-among them. A point that fails does not stop the others. SIGTERM, SIGINT and SIGUSR1 are passed on: what runs saves, the rest is not
+among them. A point that fails does not stop the others. SIGTERM, SIGINT, SIGUSR1 and SIGHUP are passed on: what runs saves, the rest is not
 begun, and the same command goes on there. Exit codes: 0 when every point is finished, 1 when one failed, 75 when it was stopped.
 On a cluster: ``python -m launcher.submit --sweep FILE``.
 """
@@ -62,8 +62,12 @@ class Point:
     @property
     def finished(self) -> bool:
         """Whether an earlier call brought it to its end; with another configuration the run itself tells what may change."""
-        stored = self.folder / "config.yaml"
-        return newest_step(self.folder / "checkpoints") >= self.config.train.steps and load_config(stored) == self.config
+        if newest_step(self.folder / "checkpoints") < self.config.train.steps:
+            return False
+        try:
+            return load_config(self.folder / "config.yaml") == self.config
+        except ValueError:  # damaged, or of another version: the run looks after it
+            return False
 
 
 class Grid:
@@ -78,9 +82,9 @@ class Grid:
         self.told: int | None = None  # the signal this program had
 
     def stop(self, number: int, _: object) -> None:
-        """Signal handler: begin nothing more; let what runs save."""
+        """Signal handler: begin nothing more; let what runs save. A closed terminal (SIGHUP) ends the points as SIGTERM does."""
         if self.told is None:
-            self.told = number
+            self.told = number = signal.SIGTERM if number == signal.SIGHUP else number
             for point in self.running:
                 point.process.send_signal(number)
 
@@ -103,12 +107,17 @@ class Grid:
         if self.shares:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.shares[point.slot])
         command = [sys.executable, "-m", "launcher.run", self.base, *point.overrides]
-        point.folder.mkdir(parents=True, exist_ok=True)
         point.started = time.monotonic()
-        with (point.folder / "console.log").open("a") as console:
-            point.process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, start_new_session=True
-            )
+        try:
+            point.folder.mkdir(parents=True, exist_ok=True)
+            with (point.folder / "console.log").open("a") as console:
+                point.process = subprocess.Popen(
+                    command, env=environment, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, start_new_session=True
+                )
+        except OSError as error:  # those that run already go on
+            self.failed.append(point)
+            print(f"{point.folder.name}: could not be started: {error}", file=sys.stderr, flush=True)
+            return
         self.running.append(point)
         print(f"{point.folder.name}: started, see {point.folder}/console.log", file=sys.stderr, flush=True)
         if self.told is not None:  # a signal that came while the process was made
@@ -182,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     left = [point for point in points if not point.finished]
     print(f"{len(points)} points, {len(points) - len(left)} of them finished before, {concurrent} at a time", file=sys.stderr, flush=True)
     grid = Grid(sweep.base, left, concurrent, gpus)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, grid.stop)
     code = grid.run()
     if code == ExitCode.FINISHED and len(points) > 1:

@@ -10,6 +10,7 @@ import torch
 from swax_megatron.callbacks.callback import Callback
 from swax_megatron.data.packing import Batch, pack
 from swax_megatron.data.recall import EOS, RecallTask, gap_ranges, make_row
+from swax_megatron.kernels import fp8
 from swax_megatron.parallel.context import sequence_context
 from swax_megatron.state import StepResult
 
@@ -44,6 +45,7 @@ class Recall(Callback):
             return
         trainer.progress.enter("validation", result.step)
         (model,) = trainer.backend.chunks
+        fp8.Weights.changed()  # by the update
         for window in sorted({*config.window.windows, config.window.test_window}):
             for low, batch in self.batches.items():
                 with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from swax_megatron.batching import rows_before
 from swax_megatron.config import field_paths
+from swax_megatron.model.pattern import parse_pattern
 from swax_megatron.schema import Config
 
 
@@ -76,16 +77,22 @@ def check_fp8(config: Config, cuda: bool | None) -> None:
         raise ValueError(f"train.fp8=true: needs train.precision=bf16, not {config.train.precision}; set that or train.fp8=false")
     if config.optimizer.backend == "zero" and config.optimizer.zero_stage == 3:
         raise ValueError("train.fp8=true: not with optimizer.zero_stage=3, which gathers weights in bf16; use stage 0, 1 or 2")
-    model, tensor = config.model, config.parallel.tensor
+    if config.kernels.backend == "reference":
+        raise ValueError("train.fp8=true: tensors are scaled and turned by Triton kernels; use kernels.backend=auto or train.fp8=false")
+    if config.parallel.overlap:
+        raise ValueError("train.fp8=true: parallel.overlap=true runs transfers beside products in bf16 only; set one of them to false")
+    model, tensor, kinds = config.model, config.parallel.tensor, set(parse_pattern(config.model.pattern))
     widths = {
         "model.hidden_size": model.hidden_size,
         "model.ffn_hidden_size": model.ffn_hidden_size // tensor,
-        "model.mlstm_heads * model.mlstm_qk_dim": model.mlstm_heads * model.mlstm_qk_dim // tensor,
-        "model.mlstm_heads * model.mlstm_v_dim": model.mlstm_heads * model.mlstm_v_dim // tensor,
-        "model.attention_heads * model.attention_head_dim": model.attention_heads * model.attention_head_dim // tensor,
-        "model.attention_kv_heads * model.attention_head_dim": model.attention_kv_heads * model.attention_head_dim // tensor,
         "data.sequence_length": config.data.sequence_length // config.parallel.context,
     }
+    if "M" in kinds:
+        widths["model.mlstm_heads * model.mlstm_qk_dim"] = model.mlstm_heads * model.mlstm_qk_dim // tensor
+        widths["model.mlstm_heads * model.mlstm_v_dim"] = model.mlstm_heads * model.mlstm_v_dim // tensor
+    if kinds - {"M"}:
+        widths["model.attention_heads * model.attention_head_dim"] = model.attention_heads * model.attention_head_dim // tensor
+        widths["model.attention_kv_heads * model.attention_head_dim"] = model.attention_kv_heads * model.attention_head_dim // tensor
     for name, width in widths.items():
         if width % 16:
             raise ValueError(f"train.fp8=true: {name} is {width} a process and must be a multiple of 16; change it or set train.fp8=false")

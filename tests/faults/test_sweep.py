@@ -45,7 +45,7 @@ def test_a_sweep_that_is_stopped_goes_on(write: Any, tmp_path: Path, capsys: pyt
     while not jobs.metrics(first):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGHUP)  # its terminal is closed; to the points it is SIGTERM
     _, told = process.communicate(timeout=jobs.DEADLINE)
     assert process.returncode == ExitCode.PREEMPTED, told
     assert "000_windows=5: stopped" in told and not (second / "console.log").exists()
@@ -62,6 +62,10 @@ def test_a_sweep_that_is_stopped_goes_on(write: Any, tmp_path: Path, capsys: pyt
     assert sweep.main([file]) == 0
     assert "2 of them finished before" in capsys.readouterr().err
     assert [len(jobs.events(folder, "start")) for folder in (first, second)] == [2, 1], "what is finished is not started again"
+
+    (second / "config.yaml").write_text("format_version: 99")
+    assert sweep.main([file]) == 0, "a file that cannot be read counts as a point to look after, not as an end of the sweep"
+    assert "1 of them finished before" in capsys.readouterr().err and load_config(second / "config.yaml").train.steps == STEPS
 
 
 def test_a_point_that_fails_stops_no_other(write: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

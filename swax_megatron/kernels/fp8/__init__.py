@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..documents import triton_missing
 from .shrink import BACKWARD, FORWARD, Weights, shrink
 
 __all__ = ["BACKWARD", "FORWARD", "Products", "Weights", "missing", "product", "shrink"]
@@ -20,10 +21,7 @@ __all__ = ["BACKWARD", "FORWARD", "Products", "Weights", "missing", "product", "
 
 def missing(device: torch.device) -> str | None:
     """Why products in 8 bits cannot run on ``device``; None if they can."""
-    if device.type != "cuda":
-        return f"there are none on {device.type}"
-    capability = torch.cuda.get_device_capability(device)
-    return None if capability == (9, 0) else f"compute capability {capability} is untested, only (9, 0) was tested"
+    return triton_missing(device) if device.type == "cuda" else f"there are none on {device.type}"
 
 
 def product(a_rk: Tensor, b_ck: Tensor, scale_a: Tensor, scale_b: Tensor, *, fast: bool) -> Tensor:

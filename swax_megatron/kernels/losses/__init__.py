@@ -64,6 +64,8 @@ def _uses_triton(raw_nv: Tensor, backend: str) -> bool:
     reason = triton_missing(raw_nv.device)
     if reason is None and raw_nv.dtype == torch.float64:
         reason = "the kernels do not take float64"
+    elif reason is None and backend == "auto" and raw_nv.dtype != torch.bfloat16:
+        reason = f"tested in training with bfloat16, not {raw_nv.dtype}"
     if backend == "triton" and reason is not None:
         raise ValueError(f"backend 'triton' cannot run the loss: {reason}; use 'reference' or 'auto'")
     if backend == "auto":

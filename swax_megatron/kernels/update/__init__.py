@@ -97,6 +97,7 @@ class _Launch:
     def __init__(self, pieces: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], decays: Sequence[float], aligned: bool) -> None:
         device = pieces[0][0].device
         assert all(tensor.is_contiguous() for piece in pieces for tensor in piece), "strided tensors cannot be updated in place"
+        assert len({piece[3].dtype for piece in pieces}) == 1, "one launch writes weights of one type"
         self._kind = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[pieces[0][3].dtype]
         self._held, self._aligned = list(pieces), aligned  # their addresses stand in the table
         rows = [
