@@ -44,11 +44,13 @@ LAYOUTS: dict[str, list[str]] = {
     "CP": ["parallel.context={n}"],
     "PP, four times the rows": ["parallel.pipeline={n}", "train.global_batch_size={many}"],
     "TP": ["parallel.tensor={n}", "parallel.sequence=false"],
-    "TP SP overlapped": ["parallel.tensor={n}", "parallel.overlap=true"],
+    "TP SP overlapped": ["parallel.tensor={n}", "parallel.overlap=all"],
+    "TP SP overlapped in backward": ["parallel.tensor={n}", "parallel.overlap=backward"],
     # what the host takes to launch a step
     "TP SP, rows of 512 tokens": ["parallel.tensor={n}", "data.sequence_length=512", "window.windows=[128,512]"],
     "TP SP, two rows": ["parallel.tensor={n}", "train.micro_batch_size=2"],
-    "TP SP overlapped, two rows": ["parallel.tensor={n}", "parallel.overlap=true", "train.micro_batch_size=2"],
+    "TP SP overlapped, two rows": ["parallel.tensor={n}", "parallel.overlap=all", "train.micro_batch_size=2"],
+    "TP SP overlapped in backward, two rows": ["parallel.tensor={n}", "parallel.overlap=backward", "train.micro_batch_size=2"],
     "DP Megatron": ["optimizer.backend=megatron"],
     "DP ZeRO-2": ["optimizer.zero_stage=2"],
     "DP ZeRO-3": ["optimizer.zero_stage=3"],
@@ -241,7 +243,7 @@ def time_layout(raw: dict[str, Any], windows: list[int] | None, warm_up: int, st
     from swax_megatron.plan.layout import Layout
     from swax_megatron.plan.traffic import Cluster
     from swax_megatron.sources import build_mixture
-    from swax_megatron.trainer import Trainer
+    from swax_megatron.trainer import Trainer, spare_collector
 
     found = []
     with runs.layout(raw) as (config, groups):
@@ -251,6 +253,7 @@ def time_layout(raw: dict[str, Any], windows: list[int] | None, warm_up: int, st
         backend = build(config, groups)
         built = time.perf_counter() - began
         trainer = Trainer(config, groups, backend, build_mixture(config, config.data.train, "train", config.train.data_seed))
+        spare_collector()
         for window in windows or sorted(set(config.window.windows)):
             window = min(window, config.data.sequence_length)
             fixed = {"schedule": "fixed", "windows": [window], "probabilities": [1.0], "anneal_fraction": 0.0, "anneal_window": window}
@@ -313,6 +316,7 @@ def _drawn_here(chunk: torch.nn.Module, seed: int, tensor_rank: int, tensor_size
 
 def release() -> None:
     """Give memory back: the next layout, or another process, needs it."""
+    gc.unfreeze()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

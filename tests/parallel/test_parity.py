@@ -71,7 +71,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "Megatron's optimizer": (1, {"optimizer": MEGATRON}),
     "all logits at once": (1, {"train": {"loss_chunk": 0}}),
     "TP2 SP": (2, {"parallel": TP2_SP}),
-    "TP2 SP, overlapped": (2, {"parallel": {**TP2_SP, "overlap": True}}),
+    "TP2 SP, overlapped": (2, {"parallel": {**TP2_SP, "overlap": "all"}}),
+    "TP2 SP, overlapped in backward": (2, {"parallel": {**TP2_SP, "overlap": "backward"}}),
     "DP2 ZeRO-1, microbatches of 2": (2, {"train": {"micro_batch_size": 2}}),
     "DP2 ZeRO-2": (2, {"optimizer": {"zero_stage": 2}}),
     "DP2 ZeRO-3": (2, {"optimizer": {"zero_stage": 3}}),
@@ -193,7 +194,7 @@ def reference(workers: Callable[[int], Workers], started: Callable) -> Callable[
             plain = {field: parallel[field] for field in ("tensor", "context") if parallel.get(field, 1) > 1}
             if "tensor" in plain:
                 plain["sequence"] = parallel.get("sequence", True)
-                plain["overlap"] = parallel.get("overlap", False) and sections.get("optimizer", {}).get("zero_stage") != 3
+                plain["overlap"] = "none" if sections.get("optimizer", {}).get("zero_stage") == 3 else parallel.get("overlap", "none")
             if model.get("tie_embeddings") and parallel.get("pipeline", 1) > 1:
                 plain["pipeline"] = 2
         identity = {"model": model, "data": sections.get("data", {}), "window": sections.get("window", {}), "parallel": plain}
