@@ -129,7 +129,7 @@ def make_plan(config: Config, arguments: Sequence[str], requested: int | None, n
     }
     if nodes == 1:
         environment["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")  # never the outside network
-    if gpus and config.parallel.tensor > 1 and config.parallel.overlap != "none":
+    if gpus and config.parallel.tensor > 1 and config.parallel.overlap:
         environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # kernels begin in the order in which they are launched: transfers first
     if not gpus:
         environment["DS_ACCELERATOR"] = "cpu"

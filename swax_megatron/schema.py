@@ -130,11 +130,7 @@ class ParallelConfig:
         "layers of each stage (of each chunk, with virtual_pipeline, in the model's order); null: balanced by operations, head included",
     )
     context: int = _f(1, "ranks that share a row: each holds a piece; window halos and mLSTM memories travel between them")
-    overlap: Literal["none", "backward", "all"] = _f(
-        "none",
-        "tensor-parallel transfers beside products that do not need them (not with zero_stage 3): backward, sums of gradients beside the "
-        "weights' gradients; all, also pieces of every product beside the others' transfers",
-    )
+    overlap: bool = _f(False, "tensor-parallel transfers run beside the products that do not need them (not with zero_stage 3)")
 
 
 @dataclass

@@ -13,6 +13,9 @@ import os
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_bounds: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # cu_seqlens -> ((version, batch, length), bounds)
 
 TESTED_CAPABILITY = (9, 0)  # Hopper: where every shipped tile size was checked against float64
 
@@ -48,7 +51,23 @@ def document_numbers(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
 
 
 def document_bounds(cu_seqlens: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor]:
-    """(B, T) int32 twice: within its row, the first token of each token's document and one past its last."""
+    """(B, T) int32 twice: within its row, the first token of each token's document and one past its last.
+
+    Layers of one pass ask for the same: kept as long as `cu_seqlens` lives unchanged. Not where it may change unseen (a captured graph).
+    """
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or cu_seqlens.is_inference() or _capturing():
+        return _document_bounds(cu_seqlens, batch, length)
+    key, known = (cu_seqlens._version, batch, length), _bounds.get(cu_seqlens)
+    if known is None or known[0] != key:
+        known = _bounds[cu_seqlens] = key, _document_bounds(cu_seqlens, batch, length)
+    return known[1]
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def _document_bounds(cu_seqlens: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor]:
     document = document_numbers(cu_seqlens, batch, length)
     row = torch.arange(batch, device=cu_seqlens.device, dtype=torch.int32)[:, None] * length
     return cu_seqlens[document] - row, cu_seqlens[document + 1] - row

@@ -92,3 +92,17 @@ class Launches:
             if len(_known) >= LIMIT:
                 _known.clear()
             _known[self._key] = self._compiled
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: Sequence[Tensor | None],
+    numbers: tuple,
+    constants: dict[str, Any],
+    kind: tuple = (),
+) -> None:
+    """One launch by itself. Tensors come first among its arguments. kind: those of the numbers that Triton specialises on."""
+    once = Launches((kernel, *constants.values(), *kind), tensors)
+    once(kernel, (*grid, 1, 1)[:3], (*map(once.pointer, tensors), *numbers), constants)
+    once.finish()

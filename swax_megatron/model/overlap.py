@@ -2,10 +2,10 @@
 
 Under sequence parallelism a rank holds S / P tokens outside a region and needs, or contributes to, all S inside:
 
-* entering, backward starts the sum of the input's gradient over the ranks first and computes the weights' gradients meanwhile; in
-  pieces, its own tokens are also projected while the others' arrive;
-* leaving (in pieces only), the others' tokens are projected first and travel while its own are projected; backward computes the
-  gradient of its own tokens while the others' arrive.
+* entering, its own tokens are projected while the others' arrive; backward starts the sum of the input's gradient over the ranks first
+  and computes the weights' gradients meanwhile;
+* leaving, the others' tokens are projected first and travel while its own are projected; backward computes the gradient of its own
+  tokens while the others' arrive.
 
 Without sequence parallelism entering transfers nothing forward, and backward is the same. A GPU runs two things at once only where the
 transfer begins first: start the program with CUDA_DEVICE_MAX_CONNECTIONS=1 (the launcher does).
@@ -25,16 +25,16 @@ from torch.autograd.function import once_differentiable
 
 
 class EnterAndProject(torch.autograd.Function):
-    """(x (s, b, h), group, sequence parallel?, in pieces?, weights (n, h)...) -> x of all tokens (S, b, h) and its products (S, b, n)..."""
+    """(x (s, b, h), group, sequence parallel?, weights (n, h)...) -> x of all tokens (S, b, h) and its products (S, b, n)..."""
 
     @staticmethod
-    def forward(ctx: Any, x_sbh: Tensor, group: dist.ProcessGroup, sequence: bool, pieces: bool, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x_sbh: Tensor, group: dist.ProcessGroup, sequence: bool, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.group, ctx.sequence = group, sequence
         ctx.set_materialize_grads(False)
-        if sequence and pieces:
+        if sequence:
             whole_sbh, products = _gather_and_multiply(x_sbh, [weight.t() for weight in weights], group)
         else:
-            whole_sbh = _gather(x_sbh.contiguous(), group)[0] if sequence else x_sbh.view_as(x_sbh)
+            whole_sbh = x_sbh.view_as(x_sbh)
             products = [F.linear(whole_sbh, weight) for weight in weights]
         ctx.save_for_backward(whole_sbh, *weights)
         return whole_sbh, *products
@@ -57,7 +57,7 @@ class EnterAndProject(torch.autograd.Function):
             under_way = dist.all_reduce(sum_mh, group=ctx.group, async_op=True)
         gradients = [None if d_mn is None else d_mn.t() @ whole_mh for d_mn, _ in pairs]
         under_way.wait()
-        return own_h.view(-1, *whole_sbh.shape[1:]), None, None, None, *gradients
+        return own_h.view(-1, *whole_sbh.shape[1:]), None, None, *gradients
 
 
 class ProjectAndLeave(torch.autograd.Function):
@@ -91,16 +91,11 @@ class ProjectAndLeave(torch.autograd.Function):
         return dx_sbn, whole_sbh.flatten(0, 1).t() @ x_mn, None
 
 
-def _gather(x_sbh: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> tuple[Tensor, dist.Work | None]:
-    """All ranks' x (S, b, h), under way or here."""
-    whole_sbh = x_sbh.new_empty(len(x_sbh) * group.size(), *x_sbh.shape[1:])
-    return whole_sbh, dist.all_gather_into_tensor(whole_sbh, x_sbh, group=group, async_op=async_op)
-
-
 def _gather_and_multiply(x_sbh: Tensor, factors: list[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, list[Tensor]]:
     """All ranks' x (S, b, h), and its products with the factors (h, n): (S, b, n). This rank's tokens first, then what arrived."""
-    x_sbh = x_sbh.contiguous()
-    whole_sbh, under_way = _gather(x_sbh, group, async_op=True)
+    x_sbh, size = x_sbh.contiguous(), group.size()
+    whole_sbh = x_sbh.new_empty(len(x_sbh) * size, *x_sbh.shape[1:])
+    under_way = dist.all_gather_into_tensor(whole_sbh, x_sbh, group=group, async_op=True)
     whole_mh, own = whole_sbh.flatten(0, 1), x_sbh.flatten(0, 1)
     begin, end = group.rank() * len(own), (group.rank() + 1) * len(own)
     products = [x_sbh.new_empty(len(whole_mh), factor.shape[1]) for factor in factors]

@@ -31,14 +31,13 @@ def enter_and_project(x_sbh: Tensor, config: SwaxTransformerConfig, linears: Seq
     if not _overlaps(config, *linears):
         whole_sbh = enter_tensor_parallel(x_sbh, config)
         return whole_sbh, _project(whole_sbh, *linears)
-    layout = config.groups.tp, config.sequence_parallel, config.overlap == "all"
-    whole_sbh, *projected = EnterAndProject.apply(x_sbh, *layout, *(each.weight for each in linears))
+    whole_sbh, *projected = EnterAndProject.apply(x_sbh, config.groups.tp, config.sequence_parallel, *(each.weight for each in linears))
     return whole_sbh, tuple(projected)
 
 
 def project_and_leave(x_sbn: Tensor, config: SwaxTransformerConfig, linear: RowLinear) -> Tensor:
     """Project and leave the tensor-parallel region."""
-    if _leaves_in_pieces(config, linear):
+    if config.sequence_parallel and _overlaps(config, linear):
         return ProjectAndLeave.apply(x_sbn, linear.weight, config.groups.tp)
     return leave_tensor_parallel(linear(x_sbn), config)
 
@@ -48,19 +47,15 @@ def swiglu_and_leave(gate_sbf: Tensor, up_sbf: Tensor, config: SwaxTransformerCo
 
     Backward makes the product again, unless it is kept in 8 bits, sent in pieces, its weight gathered by DeepSpeed, or without kernels.
     """
-    plain = linear.small is None and not hasattr(linear.weight, "ds_id") and not _leaves_in_pieces(config, linear)
+    plain = linear.small is None and not hasattr(linear.weight, "ds_id") and not (config.sequence_parallel and _overlaps(config, linear))
     if plain and torch.is_grad_enabled() and uses_triton(gate_sbf, config.kernels.backend):
         return leave_tensor_parallel(GatedDown.apply(gate_sbf, up_sbf, linear.weight), config)
     return project_and_leave(swiglu(gate_sbf, up_sbf, backend=config.kernels.backend), config, linear)
 
 
-def _leaves_in_pieces(config: SwaxTransformerConfig, linear: RowLinear) -> bool:
-    return config.overlap == "all" and config.sequence_parallel and _overlaps(config, linear)
-
-
 def _overlaps(config: SwaxTransformerConfig, *linears: ColumnLinear | RowLinear) -> bool:
     """Not in 8 bits; ZeRO's stage 3 gathers a weight when its own module is called; gloo cannot send a CUDA tensor to one peer."""
-    if config.tensor_model_parallel_size == 1 or config.overlap == "none" or config.small_products:
+    if config.tensor_model_parallel_size == 1 or not config.overlap or config.small_products:
         return False
     if any(hasattr(linear.weight, "ds_id") for linear in linears):
         return False

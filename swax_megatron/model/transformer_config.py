@@ -25,7 +25,7 @@ class SwaxTransformerConfig(TransformerConfig):
     z_loss: float = 0.0
     small_products: bool = False  # projections in 8 bits (train.fp8; Megatron's own fp8 is another)
     loss_chunk: int = 0  # tokens whose logits exist at a time; 0: all
-    overlap: str = "none"  # tensor-parallel transfers beside products (ParallelConfig.overlap)
+    overlap: bool = False  # tensor-parallel transfers beside products
 
 
 def stage_layout(config: Config) -> list[list[str]] | None:

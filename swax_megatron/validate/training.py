@@ -79,11 +79,8 @@ def check_fp8(config: Config, cuda: bool | None) -> None:
         raise ValueError("train.fp8=true: not with optimizer.zero_stage=3, which gathers weights in bf16; use stage 0, 1 or 2")
     if config.kernels.backend == "reference":
         raise ValueError("train.fp8=true: tensors are scaled and turned by Triton kernels; use kernels.backend=auto or train.fp8=false")
-    if config.parallel.overlap != "none":
-        raise ValueError(
-            f"train.fp8=true: parallel.overlap={config.parallel.overlap} runs transfers beside products in bf16 only; "
-            "use parallel.overlap=none or train.fp8=false"
-        )
+    if config.parallel.overlap:
+        raise ValueError("train.fp8=true: parallel.overlap=true runs transfers beside products in bf16 only; set one of them to false")
     model, tensor, kinds = config.model, config.parallel.tensor, set(parse_pattern(config.model.pattern))
     widths = {
         "model.hidden_size": model.hidden_size,

@@ -62,6 +62,7 @@ class Rounding:
     whole: float  # of all together
 
 
+FLIP = 1e-4  # of a loss after the last update: what one weight rounded to the neighbouring bf16 number may change (4e-5 seen)
 FP32 = Tolerance(2.5e-6, 5e-6, 2.5e-6, 5e-5)
 BF16, BF16_TENSOR = Rounding(2.5e-3, 2e-3, 2e-2, 1e-2), Rounding(5e-3, 2e-2, 0.2, 0.08)
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -71,8 +72,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "Megatron's optimizer": (1, {"optimizer": MEGATRON}),
     "all logits at once": (1, {"train": {"loss_chunk": 0}}),
     "TP2 SP": (2, {"parallel": TP2_SP}),
-    "TP2 SP, overlapped": (2, {"parallel": {**TP2_SP, "overlap": "all"}}),
-    "TP2 SP, overlapped in backward": (2, {"parallel": {**TP2_SP, "overlap": "backward"}}),
+    "TP2 SP, overlapped": (2, {"parallel": {**TP2_SP, "overlap": True}}),
     "DP2 ZeRO-1, microbatches of 2": (2, {"train": {"micro_batch_size": 2}}),
     "DP2 ZeRO-2": (2, {"optimizer": {"zero_stage": 2}}),
     "DP2 ZeRO-3": (2, {"optimizer": {"zero_stage": 3}}),
@@ -102,13 +102,14 @@ def execute(workers: Callable[[int], Workers], size: int, raw: dict[str, Any]) -
     return histories[0], runs.weights(Path(raw["run_dir"]), END)
 
 
-def compare(run: Run, reference: Run, within: Tolerance = FP32) -> dict[str, float]:
-    """Returns the largest differences, by what differs."""
+def compare(run: Run, reference: Run, within: Tolerance = FP32, bf16: bool = False) -> dict[str, float]:
+    """Returns the largest differences, by what differs. bf16: weights are rounded masters."""
     (history, tensors), (expected, expected_tensors) = run, reference
     assert history["first_step"] == [START]
     assert history["window/size"] == expected["window/size"] and history["data/targets"] == expected["data/targets"]
     assert history["loss/train"] == pytest.approx(expected["loss/train"], abs=within.loss, rel=0)
-    assert history["loss/validation"] == pytest.approx(expected["loss/validation"], abs=within.loss, rel=0)
+    flips = sum(rounded_elsewhere(tensors[name], each) for name, each in expected_tensors.items() if name.startswith("param.")) * bf16
+    assert history["loss/validation"] == pytest.approx(expected["loss/validation"], abs=within.loss + flips * FLIP, rel=0)
     assert history["optim/grad_norm"] == pytest.approx(expected["optim/grad_norm"], rel=within.grad_norm, abs=0)
     weight, name = runs.largest_difference(tensors, expected_tensors)
     assert weight <= within.weight, f"{name} differs by {weight:.2e}"
@@ -122,6 +123,11 @@ def compare(run: Run, reference: Run, within: Tolerance = FP32) -> dict[str, flo
     loss = max(abs(a - b) for pair in losses for a, b in zip(*pair, strict=True))
     norms = zip(history["optim/grad_norm"], expected["optim/grad_norm"], strict=True)
     return {"loss": loss, "grad_norm": max(abs(a / b - 1.0) for a, b in norms), "weight": weight, "moment": moment}
+
+
+def rounded_elsewhere(masters: torch.Tensor, expected: torch.Tensor) -> int:
+    """How many of them round to other bf16 numbers, though they agree in fp32 within the tolerance."""
+    return int((masters.bfloat16() != expected.bfloat16()).sum())
 
 
 def first_gradients(raw: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -194,7 +200,7 @@ def reference(workers: Callable[[int], Workers], started: Callable) -> Callable[
             plain = {field: parallel[field] for field in ("tensor", "context") if parallel.get(field, 1) > 1}
             if "tensor" in plain:
                 plain["sequence"] = parallel.get("sequence", True)
-                plain["overlap"] = "none" if sections.get("optimizer", {}).get("zero_stage") == 3 else parallel.get("overlap", "none")
+                plain["overlap"] = parallel.get("overlap", False) and sections.get("optimizer", {}).get("zero_stage") != 3
             if model.get("tie_embeddings") and parallel.get("pipeline", 1) > 1:
                 plain["pipeline"] = 2
         identity = {"model": model, "data": sections.get("data", {}), "window": sections.get("window", {}), "parallel": plain}
@@ -204,7 +210,8 @@ def reference(workers: Callable[[int], Workers], started: Callable) -> Callable[
 
 
 def check(name: str, size: int, sections: dict[str, Any], workers: Any, started: Any, reference: Any) -> dict[str, float]:
-    return compare(execute(workers, size, started(name.replace(" ", "_"), **sections)), reference(**sections))
+    bf16 = sections.get("train", {}).get("precision") == "bf16"
+    return compare(execute(workers, size, started(name.replace(" ", "_"), **sections)), reference(**sections), bf16=bf16)
 
 
 @pytest.mark.parametrize("name", CASES)

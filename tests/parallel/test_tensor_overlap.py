@@ -16,9 +16,9 @@ TOKENS, ROWS, HIDDEN, COLUMNS = 8, 3, 10, 6  # tokens and columns of one rank
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize(("sequence", "overlap"), [(True, "all"), (True, "backward"), (False, "backward")])
-def test_borders(size: int, sequence: bool, overlap: str, workers: Any, corpus: Any, tmp_path: Any) -> None:
-    parallel = {"tensor": size, "sequence": sequence, "overlap": overlap}
+@pytest.mark.parametrize("sequence", [True, False])
+def test_borders(size: int, sequence: bool, workers: Any, corpus: Any, tmp_path: Any) -> None:
+    parallel = {"tensor": size, "sequence": sequence}
     raw = runs.small_config(corpus, tmp_path, parallel=parallel, model={"attention_kv_heads": 4})
     found = workers(size).run(differences, raw)
     assert max(max(each.values()) for each in found) < 1e-12, found
@@ -27,10 +27,10 @@ def test_borders(size: int, sequence: bool, overlap: str, workers: Any, corpus: 
 def differences(raw: dict[str, Any]) -> dict[str, float]:
     """Largest differences on this rank."""
     with runs.layout(raw) as (config, groups):
-        return _differences(groups.tensor, config.parallel.sequence, config.parallel.overlap == "all")
+        return _differences(groups.tensor, config.parallel.sequence)
 
 
-def _differences(group: dist.ProcessGroup, sequence: bool, pieces: bool) -> dict[str, float]:
+def _differences(group: dist.ProcessGroup, sequence: bool) -> dict[str, float]:
     rank, size = group.rank(), group.size()
     random = torch.Generator().manual_seed(0)
 
@@ -46,7 +46,7 @@ def _differences(group: dist.ProcessGroup, sequence: bool, pieces: bool) -> dict
     tokens = slice(rank * TOKENS, (rank + 1) * TOKENS) if sequence else slice(None)
     columns = slice(rank * COLUMNS, (rank + 1) * COLUMNS)
     mine = [each.detach().clone().requires_grad_() for each in (x[tokens], *(weight[columns] for weight in weights), down[:, columns])]
-    whole, *products = EnterAndProject.apply(mine[0], group, sequence, pieces, *mine[1:-1])
+    whole, *products = EnterAndProject.apply(mine[0], group, sequence, *mine[1:-1])
     hidden = _hidden(*products).transpose(0, 1).contiguous().transpose(0, 1)  # as a mixer's core leaves it
     part = ProjectAndLeave.apply(hidden, mine[-1], group) if sequence else hidden @ mine[-1].t()
     ((part * cotangent[tokens]).sum() + (whole * gate).sum() / size).backward()

@@ -29,7 +29,7 @@ def test_interpreted_kernels_match_the_reference() -> None:
         ({"train": {"fp8": True}, "optimizer": {"zero_stage": 3}}, "optimizer.zero_stage=3"),
         ({"train": {"fp8": True}, "model": {"ffn_hidden_size": 1000}}, "model.ffn_hidden_size is 1000"),
         ({"train": {"fp8": True}, "kernels": {"backend": "reference"}}, "kernels.backend=auto"),
-        ({"train": {"fp8": True}, "parallel": {"tensor": 2, "overlap": "all"}}, "parallel.overlap=all"),
+        ({"train": {"fp8": True}, "parallel": {"tensor": 2, "overlap": True}}, "parallel.overlap=true"),
         # widths of mixers that the pattern does not hold are no matter
         ({"train": {"fp8": True}, "model": {"pattern": "S", "mlstm_heads": 4, "mlstm_qk_dim": 6}}, "8 bits cannot run here"),
         ({"train": {"fp8": True}}, "8 bits cannot run here"),

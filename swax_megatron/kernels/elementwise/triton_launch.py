@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launching import Launches
+from ..launching import launch
 from . import triton_kernels as kernels
 from .reference import frequencies
 
@@ -22,20 +24,13 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _launch(kernel, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], numbers: tuple, constants: dict) -> None:
-    """One launch: tensors come first among the arguments; numbers that Triton specialises on are strides of theirs."""
-    launch = Launches((kernel, *constants.values()), tensors)
-    launch(kernel, grid, (*map(launch.pointer, tensors), *numbers), constants)
-    launch.finish()
-
-
 def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     """y, contiguous, in the shape of gate and up."""
     gate, up = gate.contiguous(), up.contiguous()
     y, width = torch.empty_like(gate), gate.shape[-1]
     grid = -(-gate.numel() // SWIGLU_BLOCK), 1, 1
     constants = {"WIDTH": width, "BLOCK": SWIGLU_BLOCK, "num_warps": 8}
-    _launch(kernels.swiglu, grid, (gate, up, y), (gate.numel() // width,), constants)
+    launch(kernels.swiglu, grid, (gate, up, y), (gate.numel() // width,), constants)
     return y
 
 
@@ -45,8 +40,14 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
     dgate, dup, width = torch.empty_like(gate), torch.empty_like(up), gate.shape[-1]
     grid = -(-gate.numel() // SWIGLU_BLOCK), 1, 1
     constants = {"WIDTH": width, "BLOCK": SWIGLU_BLOCK, "num_warps": 8}
-    _launch(kernels.swiglu_gradients, grid, (dy, gate, up, dgate, dup), (gate.numel() // width,), constants)
+    launch(kernels.swiglu_gradients, grid, (dy, gate, up, dgate, dup), (gate.numel() // width,), constants)
     return dgate, dup
+
+
+@functools.cache
+def _frequencies(d: int, base: float, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return frequencies(d, base, device)
 
 
 def rotary(q: Tensor, k: Tensor, positions: Tensor, base: float, back: bool) -> tuple[Tensor, Tensor]:
@@ -58,8 +59,8 @@ def rotary(q: Tensor, k: Tensor, positions: Tensor, base: float, back: bool) -> 
     grid = -(-length // ROTARY_TOKENS), -(-heads // ROTARY_HEADS) + -(-groups // ROTARY_HEADS), batch
     strides = [s for x in (q, k, yq, yk) for s in x.stride()[:3]]
     sizes = {"HALF": half, "PADDED": triton.next_power_of_2(half), "BT": ROTARY_TOKENS, "BH": ROTARY_HEADS, "BACK": back, "num_warps": 4}
-    tensors = q, k, positions, frequencies(d, base, q.device), yq, yk
-    _launch(kernels.rotary, grid, tensors, (length, heads, groups, *strides), sizes)
+    tensors = q, k, positions, _frequencies(d, base, q.device), yq, yk
+    launch(kernels.rotary, grid, tensors, (length, heads, groups, *strides), sizes)
     return yq, yk
 
 
@@ -76,7 +77,7 @@ def gates_forward(x: Tensor, wi: Tensor, bi: Tensor, wf: Tensor, bf: Tensor) -> 
     narrow = x.dtype == wi.dtype == wf.dtype == torch.bfloat16
     tensors = flat, wi.contiguous(), bi.contiguous(), wf.contiguous(), bf.contiguous(), i, f
     constants = {**_gate_sizes(width, heads), "DT": tl.bfloat16 if narrow else tl.float32, "num_warps": 4, "num_stages": 3}
-    _launch(kernels.gate_values, (-(-flat.shape[0] // GATE_ROWS), 1, 1), tensors, (flat.shape[0], flat.stride(0)), constants)
+    launch(kernels.gate_values, (-(-flat.shape[0] // GATE_ROWS), 1, 1), tensors, (flat.shape[0], flat.stride(0)), constants)
     return i, f
 
 
@@ -90,6 +91,6 @@ def gates_backward(di: Tensor, df: Tensor, x: Tensor, wi: Tensor, wf: Tensor) ->
     parts = torch.empty(splits, sizes["GATES"], width, device=x.device, dtype=torch.float32)
     tensors = di.contiguous(), df.contiguous(), flat, wi.contiguous(), wf.contiguous(), dx, parts
     grid, constants = (-(-width // sizes["BD"]), splits, 1), {**sizes, "num_warps": 8, "num_stages": 3}
-    _launch(kernels.gate_gradients, grid, tensors, (count, flat.stride(0)), constants)
+    launch(kernels.gate_gradients, grid, tensors, (count, flat.stride(0)), constants)
     dw = parts.sum(0)
     return dx, dw[:heads].clone(), dw[heads : 2 * heads].clone()

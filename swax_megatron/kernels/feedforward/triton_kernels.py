@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launching import launch
+
 BLOCK, WARPS = 4096, 8
 
 
@@ -37,7 +39,6 @@ def gradients_and_product(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor,
     dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
     dgate, dup, product = (torch.empty_like(gate) for _ in range(3))
     size = gate.numel()
-    swiglu_gradients_and_product[(triton.cdiv(size, BLOCK),)](
-        dy, gate, up, dgate, dup, product, size, GROUPS=size % 16 == 0, BLOCK=BLOCK, num_warps=WARPS
-    )  # fmt: skip
+    constants = {"GROUPS": size % 16 == 0, "BLOCK": BLOCK, "num_warps": WARPS}
+    launch(swiglu_gradients_and_product, (triton.cdiv(size, BLOCK),), (dy, gate, up, dgate, dup, product), (size,), constants, (size,))
     return dgate, dup, product

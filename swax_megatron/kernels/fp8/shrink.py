@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 
@@ -31,6 +32,12 @@ class _Slots:
 _slots = _Slots()
 
 
+@functools.cache
+def _limit(kind: torch.dtype) -> float:
+    return torch.finfo(kind).max
+
+
+@functools.cache
 def _kind(kind: torch.dtype):
     import triton.language as tl
 
@@ -41,6 +48,7 @@ def shrink(pieces: Sequence[Tensor], kind: torch.dtype) -> Small:
     """Up to four dense matrices (r, c_1), (r, c_2) ... side by side with one scale for all; sizes are multiples of 16."""
     import triton
 
+    from ..launching import launch
     from . import triton_kernels as kernels
 
     pieces = [piece.contiguous() for piece in pieces]
@@ -50,14 +58,12 @@ def shrink(pieces: Sequence[Tensor], kind: torch.dtype) -> Small:
     largest, inverse = _slots.take(device)
     plain, turned = torch.empty(rows, columns, device=device, dtype=kind), torch.empty(columns, rows, device=device, dtype=kind)
     four, wide = [*pieces, *[pieces[0]] * (_MOST - count)], [*widths, *[0] * (_MOST - count)]
-    kernels.largest[(triton.cdiv(rows * max(widths), _BLOCK), count)](
-        *four, largest, rows, *wide, PIECES=count, BLOCK=_BLOCK, num_warps=_WARPS
-    )  # fmt: skip
+    grid, numbers = (triton.cdiv(rows * max(widths), _BLOCK), count), (rows, *wide)
+    launch(kernels.largest, grid, (*four, largest), numbers, {"PIECES": count, "BLOCK": _BLOCK, "num_warps": _WARPS}, numbers)
     even = rows % _TILE == 0 and all(width % _TILE == 0 for width in widths)
-    kernels.scaled[(triton.cdiv(rows, _TILE), triton.cdiv(max(widths), _TILE), count)](
-        *four, largest, plain, turned, inverse, rows, *wide, columns, rows,
-        PIECES=count, LIMIT=torch.finfo(kind).max, TURNED=True, KIND=_kind(kind), EVEN=even, BR=_TILE, BC=_TILE, num_warps=_WARPS,
-    )  # fmt: skip
+    grid, tensors = (triton.cdiv(rows, _TILE), triton.cdiv(max(widths), _TILE), count), (*four, largest, plain, turned, inverse)
+    constants = {"PIECES": count, "LIMIT": _limit(kind), "TURNED": True, "KIND": _kind(kind), "EVEN": even, "BR": _TILE, "BC": _TILE}
+    launch(kernels.scaled, grid, tensors, (*numbers, columns, rows), {**constants, "num_warps": _WARPS}, numbers)
     return plain, turned, inverse
 
 

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..launching import launch
 from . import triton_kernels as kernels
 
 BLOCK = 2048  # columns a program takes at a time
@@ -23,9 +24,8 @@ def statistics(raw_nv: Tensor, targets_n: Tensor, real: int, cap: float | None) 
     raw_nv, rows = _dense(raw_nv), len(raw_nv)
     log_partition_n, chosen_n = (torch.empty(rows, device=raw_nv.device, dtype=torch.float32) for _ in range(2))
     real = max(0, min(real, raw_nv.shape[1]))
-    kernels.logit_statistics[(rows,)](
-        raw_nv, targets_n.contiguous(), log_partition_n, chosen_n, raw_nv.stride(0), real, **_sizes(raw_nv, cap)
-    )  # fmt: skip
+    tensors = raw_nv, targets_n.contiguous(), log_partition_n, chosen_n
+    launch(kernels.logit_statistics, (rows,), tensors, (raw_nv.stride(0), real), _sizes(raw_nv, cap))
     return log_partition_n, chosen_n
 
 
@@ -35,10 +35,8 @@ def gradients(
     """The gradient of raw, in its place."""
     raw_nv = _dense(raw_nv)
     real = max(0, min(real, raw_nv.shape[1]))
-    kernels.logit_gradients[(len(raw_nv),)](
-        raw_nv, targets_n.contiguous(), log_partition_n.contiguous(), d_log_partition_n.contiguous(), d_chosen_n.contiguous(),
-        raw_nv.stride(0), real, **_sizes(raw_nv, cap),
-    )  # fmt: skip
+    tensors = raw_nv, *(each.contiguous() for each in (targets_n, log_partition_n, d_log_partition_n, d_chosen_n))
+    launch(kernels.logit_gradients, (len(raw_nv),), tensors, (raw_nv.stride(0), real), _sizes(raw_nv, cap))
     return raw_nv
 
 

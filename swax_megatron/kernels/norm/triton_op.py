@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..launching import launch
 from . import triton_kernels as kernels
 
 PROGRAMS_A_CORE = 4  # backward: programs a multiprocessor, each with a share of the weight's gradient
@@ -31,7 +32,7 @@ def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     width, rows = x.shape[-1], x.numel() // x.shape[-1]
     y = torch.empty(x.shape, device=x.device, dtype=x.dtype)
     scale = torch.empty(rows, device=x.device, dtype=torch.float32)
-    kernels.rms_norm[(rows,)](x.contiguous(), weight, y, scale, rows, eps, **_sizes(width))
+    launch(kernels.rms_norm, (rows,), (x.contiguous(), weight, y, scale), (rows, eps), _sizes(width))
     return y, scale
 
 
@@ -42,10 +43,8 @@ def backward(dy: Tensor, beside: Tensor | None, x: Tensor, weight: Tensor, scale
     dx = torch.empty(x.shape, device=x.device, dtype=x.dtype)
     parts = torch.empty(programs, width, device=x.device, dtype=torch.float32)
     dy = dy.contiguous()
-    kernels.rms_norm_gradients[(programs,)](
-        dy, dy if beside is None else beside.contiguous(), x.contiguous(), weight, scale, dx, parts, rows,
-        BESIDE=beside is not None, **_sizes(width),
-    )  # fmt: skip
+    tensors = dy, dy if beside is None else beside.contiguous(), x.contiguous(), weight, scale, dx, parts
+    launch(kernels.rms_norm_gradients, (programs,), tensors, (rows,), {"BESIDE": beside is not None, **_sizes(width)})
     return dx, parts.sum(0).to(weight.dtype)
 
 
