@@ -10,6 +10,7 @@ from pathlib import Path
 
 from swax_megatron.config import from_dict, load_config, to_dict
 from swax_megatron.model.cost import COSTS, param_count
+from swax_megatron.model.pattern import parse_pattern
 from swax_megatron.plan.duration import duration
 from swax_megatron.plan.layout import Layout
 from swax_megatron.plan.propose import Proposal, fastest, fitting
@@ -19,9 +20,20 @@ from swax_megatron.schema import Config
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "scaling.md"
 MODELS = {"1.4B": "swax_1p4b.yaml", "7B": "swax_7b.yaml"}
-TRAINED = ROOT / "benchmarks" / "results" / "train_step_h100.jsonl"
+TRAINED = ROOT / "benchmarks" / "results" / "train_step_h200.jsonl"
 SEVERAL = ROOT / "benchmarks" / "results" / "multi_gpu_h200x2.jsonl"
-MEASURED = {"one GPU": {}, "DP ZeRO-1": {}, "PP": {"pipeline": 2}, "TP SP overlapped": {"tensor": 2, "overlap": True}}
+MEASURED = {  # layouts of the benchmark, and their settings
+    "one GPU": {},
+    "DP ZeRO-1": {},
+    "DP Megatron": {"optimizer": {"backend": "megatron"}},
+    "DP ZeRO-2": {"optimizer": {"zero_stage": 2}},
+    "PP, four times the rows": {"parallel": {"pipeline": 2}},
+    "TP SP": {"parallel": {"tensor": 2}},
+    "TP SP, two rows": {"parallel": {"tensor": 2}},
+    "TP SP overlapped, two rows": {"parallel": {"tensor": 2, "overlap": True}},
+    "CP": {"parallel": {"context": 2}},
+    "DP ZeRO-3": {"optimizer": {"zero_stage": 3}},
+}
 LENGTHS = (16384, 131072)
 GPUS = (1, 8, 64, 256, 1024)
 EPILOG = """example:
@@ -128,38 +140,44 @@ def parameters() -> list[str]:
 
 
 def measured() -> list[str]:
-    """The plan's step of the 1.4B model on one GPU over the measured one: rows an update, window."""
-    lines = ["| rows a step | window | measured, s a step | planned | planned / measured |", "|---|---|---|---|---|"]
+    """The plan's step on one GPU over the measured one: layers of a model, rows an update, window. The last measurement counts."""
+    lines = ["| model | layers | rows a step | window | measured, s a step | planned | planned / measured |", "|" + "---|" * 7]
+    found: dict[tuple[str, str, int, int], float] = {}
     for line in map(json.loads, TRAINED.read_text(encoding="utf-8").splitlines()):
-        if line.get("side") != "ours":
-            continue
-        rows, length = map(int, line["shape"].split("x"))
-        raw = to_dict(load_config(ROOT / "configs" / MODELS["1.4B"]))
+        if line.get("side") == "ours" and not line["fp8"] and line["shape"] == "1x16384":
+            name = "7B" if line["case"].endswith("7b") else "1.4B"
+            pattern = re.search(r"model\.pattern=(\S+)", line["command"])
+            found[name, pattern[1] if pattern else "", line["micro-batches"], line["window"]] = line["seconds"]
+    for (name, pattern, rows, window), seconds in found.items():
+        raw = to_dict(load_config(ROOT / "configs" / MODELS[name]))
         raw["parallel"] = {}
-        raw["data"]["sequence_length"] = length
-        raw["train"] |= {"micro_batch_size": rows, "global_batch_size": rows * line["micro-batches"], "recompute": line["recompute"]}
-        raw["train"]["loss_chunk"] = 1024  # as it was then
-        raw["window"] |= {"schedule": "fixed", "windows": [line["window"]], "probabilities": None, "anneal_fraction": 0.0}
-        planned, seconds = duration(Layout.of(from_dict(raw), 1, "triton"), Cluster(gpus_per_node=1)).total, line["seconds"]
-        lines.append(
-            f"| {rows * line['micro-batches']} | {line['window']:,} | {seconds:.3f} | {planned:.3f} | {planned / seconds:.2f} |"
-        )
+        raw["model"]["pattern"] = pattern or raw["model"]["pattern"]
+        raw["train"] |= {"micro_batch_size": 1, "global_batch_size": rows}
+        raw["window"] |= {"schedule": "fixed", "windows": [window], "probabilities": None, "anneal_fraction": 0.0}
+        config = from_dict(raw)
+        planned, layers = duration(Layout.of(config, 1, "triton"), Cluster(gpus_per_node=1)).total, len(parse_pattern(config.model.pattern))
+        lines.append(f"| {name} | {layers} | {rows} | {window:,} | {seconds:.3f} | {planned:.3f} | {planned / seconds:.2f} |")
     return lines
 
 
 def measured_on_two() -> list[str]:
-    """The same on two H200 and one of them, four rows an update and GPU."""
-    lines = ["| layout | window | measured, s a step | planned | planned / measured |", "|---|---|---|---|---|"]
+    """The same on two H200 and one of them; the first measurement of a layout counts."""
+    lines = ["| layout | rows a micro-batch | measured, s a step | planned | planned / measured |", "|---|---|---|---|---|"]
+    told = set()
     for line in map(json.loads, SEVERAL.read_text(encoding="utf-8").splitlines()):
-        if line.get("layout") not in MEASURED:
+        if line.get("layout") not in MEASURED or "seconds" not in line or "window" not in line or line["layout"] in told:
             continue
+        told.add(line["layout"])
+        sections = MEASURED[line["layout"]]
+        rows = 2 if "two rows" in line["layout"] else 1
         raw = to_dict(load_config(ROOT / "configs" / MODELS["1.4B"]))
-        raw["parallel"] = MEASURED[line["layout"]]
-        raw["train"] |= {"micro_batch_size": 1, "global_batch_size": line["rows"], "recompute": "selective", "loss_chunk": 1024}  # as then
+        raw["parallel"] = sections.get("parallel", {})
+        raw["optimizer"] |= sections.get("optimizer", {})
+        raw["train"] |= {"micro_batch_size": rows, "global_batch_size": line["rows"]}
         raw["window"] |= {"schedule": "fixed", "windows": [line["window"]], "probabilities": None, "anneal_fraction": 0.0}
         size, seconds = line["processes"], line["seconds"]
         planned = duration(Layout.of(from_dict(raw), size, "triton"), Cluster(gpus_per_node=size)).total
-        lines.append(f"| {line['layout']} | {line['window']:,} | {seconds:.3f} | {planned:.3f} | {planned / seconds:.2f} |")
+        lines.append(f"| {line['layout']} | {rows} | {seconds:.3f} | {planned:.3f} | {planned / seconds:.2f} |")
     return lines
 
 

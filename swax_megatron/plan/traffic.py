@@ -19,9 +19,9 @@ class Cluster:
     gpus_per_node: int = 8
     gib: float = 80.0
     peak_tflops: float = 989.0  # dense bf16 of an H100 SXM
-    # Share of the peak that layers reach while they compute: with it the plan's step of the 1.4B model on one H100 takes 1.03 (window 128)
-    # and 1.01 (2,048) of the measured time at four rows a step (benchmarks/results/train_step_h100.jsonl).
-    efficiency: float = 0.40
+    # Share of the peak that layers reach while they compute: with it the plan's step of the 1.4B model takes what it took on one H200
+    # (an H100's arithmetic, faster memory; benchmarks/results/train_step_h200.jsonl; docs/scaling.md has the ratios).
+    efficiency: float = 0.54
     # NVLink 4, 450 GB/s each way. With 50 us a message: what NCCL's collectives of 4 to 512 MB reached between two H200, to a tenth but for
     # the largest (benchmarks/results/multi_gpu_h200x2.jsonl).
     inside: float = 280e9
