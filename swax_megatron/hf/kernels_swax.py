@@ -60,7 +60,8 @@ def fast_mlstm(q_bthk, k_bthk, v_bthv, igate_bth, fgate_bth, state, plan, config
     options = {"gate_cap": config.gate_cap, "eps": config.mlstm_eps}
     inputs = (q_bthk, k_bthk, v_bthv.to(q_bthk.dtype), igate_bth, fgate_bth)
     state = None if state is None else plan.mlstm.MlstmState(*state)
-    if q_bthk.shape[1] == 1 and state is not None:
+    if q_bthk.shape[1] == 1 and state is not None and not torch.is_grad_enabled():  # the step overwrites the state and has no gradient
+        state = plan.mlstm.MlstmState(*(x.contiguous() for x in state))
         h_bhv, state = plan.mlstm.mlstm_step(*(x[:, 0] for x in inputs), state, **options)
         return h_bhv[:, None], tuple(state)
     options |= {"cu_seqlens": plan.cu_seqlens(q_bthk.device), "initial_state": state, "chunk_size": config.mlstm_chunk_size}

@@ -142,10 +142,50 @@ def test_step_is_recurrent():
     inputs = [x.detach() for x in make_inputs(length=5)]
     expected, last = mlstm_recurrent(*inputs)
     state = MlstmState.empty(2, 2, 6, 10, dtype=torch.float64)
+    places = [x.data_ptr() for x in state]
     for t in range(5):
-        h, state = mlstm_step(*(x[:, t] for x in inputs), state)
+        h, same = mlstm_step(*(x[:, t] for x in inputs), state)
+        assert same is state and [x.data_ptr() for x in state] == places
         torch.testing.assert_close(h, expected[:, t])
     assert_close(state, last)
+
+
+def test_steps_continue_a_sequence():
+    """From the final state of a row, which is dense so that a step can overwrite it."""
+    inputs = [x.detach() for x in make_inputs(length=9)]
+    whole, last = mlstm(*inputs, return_final_state=True)
+    _, state = mlstm(*(x[:, :7] for x in inputs), return_final_state=True, chunk_size=4)
+    for t in (7, 8):
+        torch.testing.assert_close(mlstm_step(*(x[:, t] for x in inputs), state)[0], whole[:, t])
+    assert_close(state, last)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda a: a.update(q=a["q"][0]), "q must be a tensor of shape"),
+        (lambda a: a.update(k=a["k"][:, :1]), "k must have q's shape"),
+        (lambda a: a.update(v=a["v"].float()), "v has dtype"),
+        (lambda a: a.update(igate=a["igate"].to("meta")), "igate is on meta"),
+        (lambda a: a.update(fgate=a["fgate"].bfloat16()), "fgate has dtype"),
+        (lambda a: a.update(state=None), "state must be an MlstmState"),
+        (lambda a: a.update(state=a["state"]._replace(n_bhk=a["state"].n_bhk[..., :-1])), "state.n_bhk must be"),
+        (lambda a: a.update(state=a["state"]._replace(m_bh=a["state"].m_bh.float())), "state.m_bh must be"),
+        (lambda a: a.update(state=a["state"]._replace(c_bhkv=a["state"].c_bhkv.to("meta"))), "state.c_bhkv must be"),
+        (lambda a: a.update(state=a["state"]._replace(c_bhkv=a["state"].c_bhkv.mT.contiguous().mT)), "state.c_bhkv must be contiguous"),
+        (lambda a: a.update(state=a["state"]._replace(m_bh=a["state"].m_bh[:1].expand(2, 2))), "state.m_bh must be contiguous"),
+        (lambda a: a.update(q=a["q"].requires_grad_()), "no gradient"),
+        (lambda a: a["state"].n_bhk.requires_grad_(), "no gradient"),
+    ],
+)
+def test_a_step_names_what_is_wrong_and_overwrites_nothing(change, message):
+    inputs = [x.detach()[:, 0] for x in make_inputs(length=1)]
+    state = MlstmState.empty(2, 2, 6, 10, dtype=torch.float64)
+    arguments = dict(zip(("q", "k", "v", "igate", "fgate"), inputs, strict=True), state=state)
+    change(arguments)
+    with pytest.raises(ValueError, match=message):
+        mlstm_step(*arguments.values())
+    assert all(not x.any() for x in state)
 
 
 @pytest.mark.parametrize("regime", ["free", "keep"])

@@ -22,7 +22,7 @@ from swax_megatron.kernels.elementwise import gate_projections, rotary, swiglu  
 from swax_megatron.kernels.elementwise import triton_launch as elementwise_launch  # noqa: E402
 from swax_megatron.kernels.elementwise.triton_op import gates_op, rotary_op, swiglu_op  # noqa: E402
 from swax_megatron.kernels.mlstm import MlstmState, mlstm, mlstm_fused, mlstm_step, triton_launch  # noqa: E402
-from swax_megatron.kernels.mlstm.triton_op import mlstm_fused_op, mlstm_op  # noqa: E402
+from swax_megatron.kernels.mlstm.triton_op import mlstm_fused_op, mlstm_op, mlstm_step_op  # noqa: E402
 from swax_megatron.kernels.swa import swa, swa_blocked  # noqa: E402
 from swax_megatron.kernels.swa import triton_launch as swa_launch  # noqa: E402
 from swax_megatron.kernels.swa.triton_op import swa_op  # noqa: E402
@@ -127,9 +127,15 @@ def run_mlstm_operators() -> None:
     close("operator", (h, *end, *ours), (h_expected, *end_expected, *theirs), 1e-4)
     h_whole = h_expected
     with torch.no_grad():
-        token = [x[:, 3] for x in inputs]
-        (h, state), (h_expected, state_expected) = (mlstm_step(*token, end, backend=b) for b in ("triton", "reference"))
+        token, ends = [x[:, 3] for x in inputs], [MlstmState(*(x.clone() for x in end)) for _ in range(3)]
+        places, versions = [x.data_ptr() for x in ends[0]], [x._version for x in ends[0]]
+        (h, state), (h_expected, state_expected) = (mlstm_step(*token, e, backend=b) for e, b in zip(ends[:2], ("triton", "reference"), strict=True))
         close("step", (h, *state), (h_expected, *state_expected), 1e-5)
+        assert state is ends[0] and [x.data_ptr() for x in state] == places, "in place"
+        assert all(x._version > before for x, before in zip(state, versions, strict=True)), "autograd is told"
+        tokens = [x.detach() for x in token]
+        close("registered step", (mlstm_step_op(*tokens, *ends[2], 15.0, 1e-6), *ends[2]), (h, *state), 1e-6)
+        opcheck(mlstm_step_op, (*tokens, *ends[2], 15.0, 1e-6), test_utils=("test_schema", "test_faketensor"))
     arguments = (*[x.detach() for x in inputs], None, None, None, None, True, 15.0, 1e-6)
     opcheck(mlstm_op, arguments, test_utils=("test_schema", "test_faketensor"))
     operator = mlstm_op(*inputs, *arguments[5:])

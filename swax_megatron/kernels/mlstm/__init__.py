@@ -60,7 +60,7 @@ def mlstm(
             h, state = mlstm_chunkwise(
                 *inputs, cu_seqlens=cu_seqlens, initial_state=initial_state, gate_cap=gate_cap, eps=eps, chunk_size=chunk_size
             )
-    return (h, state) if return_final_state else h
+    return (h, MlstmState(*(x.contiguous() for x in state))) if return_final_state else h
 
 
 def mlstm_fused(
@@ -117,20 +117,34 @@ def mlstm_step(
     eps: float = 1e-6,
     backend: str = "auto",
 ) -> tuple[Tensor, MlstmState]:
-    """One token of decoding: q, k (B, H, K), v (B, H, V), gates (B, H) float32. Returns h (B, H, V) and the new state.
+    """One token of decoding; the state's tensors are overwritten with the state after it.
 
-    The Triton kernel has no gradient: "auto" uses it only while gradients are not recorded.
+    q, k (B, H, K), v (B, H, V), gates (B, H) float32 (float64 for float64 inputs); state: contiguous tensors, in the gates' dtype, as
+    `MlstmState.empty` and `mlstm(..., return_final_state=True)` make them. The kernels allocate nothing but h. backend as in `mlstm`.
+
+    Returns h (B, H, V) in the inputs' dtype and `state` itself. Raises ValueError naming the argument that is wrong, before anything is
+    overwritten. There is no gradient: where one would be recorded it is refused.
     """
-    one = [x.unsqueeze(1) for x in (q_bhk, k_bhk, v_bhv, igate_bh, fgate_bh)]
-    _check(*one, None, state, gate_cap, eps, 1, backend)
-    if not torch.is_grad_enabled() and _use_triton(backend, one[0], one[2]):
+    if not isinstance(q_bhk, Tensor) or q_bhk.ndim != 3:
+        raise ValueError(f"q must be a tensor of shape (B, H, d_qk), got {getattr(q_bhk, 'shape', type(q_bhk).__name__)}")
+    if not isinstance(state, MlstmState) or not all(isinstance(x, Tensor) for x in state):
+        raise ValueError(f"state must be an MlstmState of tensors, got {type(state).__name__}: MlstmState.empty(...) makes a new one")
+    one = [x.unsqueeze(1) if isinstance(x, Tensor) and x.ndim else x for x in (q_bhk, k_bhk, v_bhv, igate_bh, fgate_bh)]
+    _check(*one, None, state, gate_cap, eps, 1, backend, state_name="state")
+    for name, x in zip(MlstmState._fields, state, strict=True):
+        if not x.is_contiguous():
+            raise ValueError(f"state.{name} must be contiguous, because it is overwritten: pass state.{name}.contiguous()")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*one, *state)):
+        raise ValueError("mlstm_step has no gradient: call it under torch.no_grad(), or mlstm(..., initial_state=state) for one token")
+    if _use_triton(backend, one[0], one[2]):
         from .triton_op import mlstm_step_cell
 
-        return mlstm_step_cell(q_bhk, k_bhk, v_bhv, igate_bh, fgate_bh, state, gate_cap, eps)
-    if backend == "triton":
-        raise ValueError("backend 'triton' has no gradient for mlstm_step: call it under torch.no_grad() or use 'reference'")
-    with torch.autocast(q_bhk.device.type, enabled=False):
-        return mlstm_step_reference(q_bhk, k_bhk, v_bhv, igate_bh, fgate_bh, state, gate_cap=gate_cap, eps=eps)
+        return mlstm_step_cell(q_bhk, k_bhk, v_bhv, igate_bh, fgate_bh, state, gate_cap, eps), state
+    with torch.no_grad(), torch.autocast(q_bhk.device.type, enabled=False):
+        h, new = mlstm_step_reference(q_bhk, k_bhk, v_bhv, igate_bh, fgate_bh, state, gate_cap=gate_cap, eps=eps)
+        for x, y in zip(state, new, strict=True):
+            x.copy_(y)
+    return h, state
 
 
 def _use_triton(backend: str, q: Tensor, v: Tensor) -> bool:
@@ -154,7 +168,7 @@ def _use_triton(backend: str, q: Tensor, v: Tensor) -> bool:
     return reason is None
 
 
-def _check(q, k, v, igate, fgate, cu_seqlens, initial_state, gate_cap, eps, chunk_size, backend) -> None:
+def _check(q, k, v, igate, fgate, cu_seqlens, initial_state, gate_cap, eps, chunk_size, backend, state_name="initial_state") -> None:
     """Every argument error, before any work."""
     named = {"q": q, "k": k, "v": v, "igate": igate, "fgate": fgate}
     for name, x in named.items():
@@ -190,7 +204,7 @@ def _check(q, k, v, igate, fgate, cu_seqlens, initial_state, gate_cap, eps, chun
         for (name, wanted), x in zip(expected.items(), initial_state, strict=True):
             if x.shape != wanted or x.dtype != gate_dtype or x.device != device:
                 found = f"{tuple(x.shape)} {x.dtype} on {x.device}"
-                raise ValueError(f"initial_state.{name} must be {wanted} {gate_dtype} on {device}, got {found}")
+                raise ValueError(f"{state_name}.{name} must be {wanted} {gate_dtype} on {device}, got {found}")
     if gate_cap is not None and not gate_cap > 0:
         raise ValueError(f"gate_cap must be positive, or None for no cap, got {gate_cap}")
     if not eps >= 0:

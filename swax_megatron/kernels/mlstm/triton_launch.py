@@ -19,7 +19,7 @@ from . import triton_cell as cell
 from . import triton_gates as gates
 from . import triton_norm as norm
 from . import triton_states as recurrence
-from .triton_step import decode_step
+from .triton_step import decode_normaliser, decode_step
 
 
 class Tile(NamedTuple):
@@ -301,19 +301,27 @@ def norm_gate_backward(dy: Tensor, h: Tensor, ogate: Tensor, weight: Tensor, eps
     return dh, dogate, partial.sum(0).to(weight.dtype), dot
 
 
-def step(q, k, v, igate, fgate, c, n, m, gate_cap: float, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """h (B, H, V) of one token, and the new C, n, m (contiguous). q, k (B, H, K), v (B, H, V), gates (B, H)."""
+def step(q, k, v, igate, fgate, c, n, m, gate_cap: float, eps: float) -> Tensor:
+    """h (B, H, V) of one token; the contiguous c, n, m are overwritten. q, k (B, H, K), v (B, H, V), gates (B, H)."""
     batch, heads, d_qk = q.shape
     d_v = v.shape[-1]
-    q, k, v, c, n, m = rows(q), rows(k), rows(v), c.contiguous(), n.contiguous(), m.contiguous()
-    given, out = (q, k, v, igate, fgate, c, n, m), (v.new_empty(v.shape), torch.empty_like(c), torch.empty_like(n), torch.empty_like(m))
+    q, k, v = rows(q), rows(k), rows(v)
+    h = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     block_v = min(d_v, 32)
-    launch = Launches(("step", d_qk, d_v), given)
-    strides = [x.stride(i) for x in (q, k, v, igate, fgate) for i in (0, 1)]
+    launch = Launches(("step", d_qk, d_v), (q, k, v, igate, fgate, c, n, m))
+    q_at, k_at, v_at, i_at, f_at, c_at, n_at, m_at, h_at = map(launch.pointer, (q, k, v, igate, fgate, c, n, m, h))
+    by_k, by_gates = k.stride()[:2], (*igate.stride(), *fgate.stride())
     launch(
         decode_step, (d_v // block_v, batch * heads, 1),
-        (*map(launch.pointer, (*given, *out)), heads, *strides, d_qk**-0.5, gate_cap, eps),
+        (
+            q_at, k_at, v_at, i_at, f_at, c_at, n_at, m_at, h_at,
+            heads, *q.stride()[:2], *by_k, *v.stride()[:2], *by_gates, d_qk**-0.5, gate_cap, eps,
+        ),
         {"K": d_qk, "V": d_v, "BK": min(d_qk, 64), "BV": block_v, "num_warps": 4},
     )  # fmt: skip
+    launch(
+        decode_normaliser, (batch * heads, 1, 1), (k_at, i_at, f_at, n_at, m_at, heads, *by_k, *by_gates, gate_cap),
+        {"K": d_qk, "num_warps": 2},
+    )  # fmt: skip
     launch.finish()
-    return out
+    return h

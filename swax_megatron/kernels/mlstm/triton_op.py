@@ -231,17 +231,17 @@ class _MlstmFused(torch.autograd.Function):
 
 def _step(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, c: Tensor, n: Tensor, m: Tensor, gate_cap: float, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One decoding step, without a gradient: h (B, H, V) and the new C, n, m (contiguous)."""
+) -> Tensor:
+    """One decoding step, without a gradient: h (B, H, V); c, n, m (contiguous) are overwritten."""
     return launch.step(q, k, v, igate, fgate, c, n, m, gate_cap, eps)
 
 
-mlstm_step_op = torch.library.custom_op("swax::mlstm_step", _step, mutates_args=())
+mlstm_step_op = torch.library.custom_op("swax::mlstm_step", _step, mutates_args=("c", "n", "m"))
 
 
 @mlstm_step_op.register_fake
 def _(q, k, v, igate, fgate, c, n, m, gate_cap, eps):
-    return v.new_empty(v.shape), torch.empty_like(c), torch.empty_like(n), torch.empty_like(m)
+    return torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
 
 def _initial(state: MlstmState | None) -> list[Tensor | None]:
@@ -272,7 +272,10 @@ def mlstm_fused_cell(
     return _MlstmFused.apply(*arguments) if torch.is_grad_enabled() else _fused_forward(*arguments)[0]
 
 
-def mlstm_step_cell(q, k, v, igate, fgate, state: MlstmState, gate_cap: float | None, eps: float) -> tuple[Tensor, MlstmState]:
-    run = mlstm_step_op if torch.compiler.is_compiling() else _step
-    h, *new = run(q, k, v, igate, fgate, *state, _no_cap(gate_cap), eps)
-    return h, MlstmState(*new)
+def mlstm_step_cell(q, k, v, igate, fgate, state: MlstmState, gate_cap: float | None, eps: float) -> Tensor:
+    """h; the state is overwritten, and autograd is told so."""
+    if torch.compiler.is_compiling():
+        return mlstm_step_op(q, k, v, igate, fgate, *state, _no_cap(gate_cap), eps)
+    h = _step(q, k, v, igate, fgate, *state, _no_cap(gate_cap), eps)
+    torch.autograd.graph.increment_version([x for x in state if not x.is_inference()])
+    return h
