@@ -1,30 +1,42 @@
-"""Launching Triton kernels with little Python.
+"""Launching Triton and Gluon kernels with little Python.
 
-`kernel[grid](...)` binds, classifies and hashes every argument at every launch. `Launches` does that once for a kind of call: the first
-goes through Triton's JIT and keeps the compiled kernels, later ones of the same kind hand addresses and numbers straight to them. A kind
-is all that Triton specialises on: the caller's own key, and of every tensor its dtype, its strides and its address modulo 16. Other
-numbers among the arguments must be in the kernels' `do_not_specialize`. Under Triton's interpreter, or while launch hooks (profilers)
-are set, every launch goes through Triton.
+`kernel[grid](...)` binds, classifies and hashes every argument at every launch: longer, on a slow host, than small kernels run. `Launches`
+does that once for a kind of call: the first goes through Triton's JIT and keeps the compiled kernels, later ones of the same kind hand
+addresses and numbers straight to them. A kind is all that Triton specialises on: the caller's own key (it decides every constant), and of
+every tensor its dtype, its address modulo 16 and, where strides are among the arguments, these. Other numbers among the arguments must
+be in the kernels' `do_not_specialize`. Under Triton's interpreter, with a Triton that this was not tested with, or while launch hooks
+(profilers) are set, every launch goes through Triton.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 LIMIT = 1024  # kinds kept; more mean that lengths never repeat
 ALIGNED = 32  # float32 numbers: regions of a buffer begin at multiples of 128 bytes
 
-DIRECT = triton.__version__.startswith("3.6.")  # whose compiled kernels are called as below; with any other all goes through the JIT
+# how compiled kernels are called is Triton's own affair, and Gluon is experimental
+TESTED = triton.__version__.startswith("3.6.") and os.environ.get("TRITON_INTERPRET") != "1"
 
 _known: dict[tuple, list[tuple]] = {}
+
+
+class Blocks(NamedTuple):
+    """A tensor read or written in blocks by the tensor memory accelerator: what a launch needs of a tensor descriptor."""
+
+    base: Tensor
+    shape: Sequence[int]
+    strides: Sequence[int]
+    block: tuple[int, ...]
+    padding: str = "zero"
 
 
 def padded(size: int) -> int:
@@ -44,23 +56,40 @@ def _direct(compiled: Any, constants: int) -> tuple:
 
 
 class Launches:
-    """The launches of one call, in an order that its kind fixes; `finish` after the last."""
+    """The launches of one call, in an order that its kind fixes; `finish` after the last.
 
-    __slots__ = ("_key", "_compiled", "_stream", "_next", "direct")
+    kind: the caller's key. tensors: those whose address and strides are among the arguments; addresses: those whose address alone is.
+    Tensors that the caller allocates (aligned, dense, of a dtype that the kind fixes) need not be named. described: makes the kernel
+    language's tensor descriptor of an argument that is `Blocks`.
+    """
 
-    def __init__(self, kind: tuple, tensors: Iterable[Tensor | None]) -> None:
+    __slots__ = ("_key", "_compiled", "_stream", "_next", "_described", "direct")
+
+    def __init__(
+        self,
+        kind: tuple,
+        tensors: Iterable[Tensor | None],
+        addresses: Iterable[Tensor | None] = (),
+        described: Callable[[Blocks], Any] | None = None,
+    ) -> None:
         key: list[Any] = [kind]
         for x in tensors:
             if x is None:
                 key.append(None)
             else:
                 key += (x.dtype, x.stride(), x.data_ptr() & 15)
+        for x in addresses:
+            if x is None:
+                key.append(None)
+            else:
+                key += (x.dtype, x.data_ptr() & 15)
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
         self._key = (device, *key)
         known = _known.get(self._key)
         self.direct = known is not None and not (knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
         self._compiled: list = known if self.direct else []
         self._next = 0
+        self._described = described
         self._stream = driver.active.get_current_stream(device) if self.direct else None
 
     def pointer(self, x: Tensor | None) -> Tensor | int | None:
@@ -81,10 +110,12 @@ class Launches:
             run, before, after = self._compiled[self._next]
             self._next += 1
             run(*grid, self._stream, *before, *arguments, *after)
-        else:
-            compiled = kernel[grid](*arguments, **constants)
-            if DIRECT and isinstance(kernel, JITFunction):
-                self._compiled.append(_direct(compiled, len(kernel.params) - len(arguments)))
+            return
+        if self._described is not None:
+            arguments = tuple(self._described(x) if isinstance(x, Blocks) else x for x in arguments)
+        compiled = kernel[grid](*arguments, **constants)
+        if TESTED:
+            self._compiled.append(_direct(compiled, len(kernel.arg_names) - len(arguments)))
 
     def finish(self) -> None:
         """Keep what was compiled for later calls of this kind."""

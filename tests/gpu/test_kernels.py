@@ -244,9 +244,9 @@ def test_swa_with_keys_before_the_queries():
 @pytest.mark.parametrize("d", [64, 128])
 def test_swa_where_gluon_is_untested(d, monkeypatch):
     """With another Triton than the one the Gluon kernels were tested with, Triton's own serve every window."""
-    from swax_megatron.kernels.swa import direct
+    from swax_megatron.kernels import launching
 
-    monkeypatch.setattr(direct, "TESTED", False)
+    monkeypatch.setattr(launching, "TESTED", False)
     for window in (100, 600):
         generator = torch.Generator("cuda").manual_seed(0)
         inputs = [torch.randn(2, 700, n, d, generator=generator, device="cuda").bfloat16().requires_grad_() for n in (4, 2, 2)]

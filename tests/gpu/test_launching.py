@@ -7,6 +7,7 @@ import torch
 
 from swax_megatron.kernels import launching
 from swax_megatron.kernels.mlstm import mlstm, mlstm_fused
+from swax_megatron.kernels.swa import swa
 
 from .test_kernels import error, gradients, make_inputs
 
@@ -52,6 +53,31 @@ def test_direct_calls_repeat_the_first_and_take_new_lengths():
         whole = mlstm_fused(*[x[:1] for x in (*inputs, ogate)], weight, backend="triton")[:, :length]
         found = mlstm_fused(*part, weight, backend="triton")
         assert error(found, whole) < 2e-3
+
+
+@pytest.mark.parametrize("window", [128, 600])
+def test_attention_repeats_its_first_call_and_takes_any_view(window):
+    """Directly after the JIT: the same results; other lengths; views that no tensor descriptor holds; documents at odd addresses."""
+
+    def inputs(length):
+        generator = torch.Generator("cuda").manual_seed(0)
+        drawn = [torch.randn(2, length, n, 64, generator=generator, device="cuda") for n in (4, 2, 2)]
+        return [x.bfloat16().requires_grad_() for x in drawn]
+
+    launching._known.clear()
+    exact = {}
+    for length in (700, 640, 700, 333, 700):
+        leaves = inputs(length)
+        if length not in exact:
+            wide = [x.detach().double().requires_grad_() for x in leaves]
+            exact[length] = gradients(swa(*wide, window, backend="reference"), wide)
+        for views in (leaves, [moved(x, 1, 8) for x in leaves], [leaves[0], moved(leaves[1], 8, 0), moved(leaves[2], 3, 1)]):
+            found = gradients(swa(*views, window, backend="triton"), views)
+            assert max(error(a, b) for a, b in zip(found, exact[length], strict=True)) < 4e-3
+    assert launching._known
+    boundaries = torch.tensor([0, 100, 515, 700, 1400], dtype=torch.int32, device="cuda")
+    runs = [swa(*leaves, window, cu_seqlens=c, backend="triton") for c in (None, boundaries) * 2]
+    assert torch.equal(runs[0], runs[2]) and torch.equal(runs[1], runs[3]) and not torch.equal(runs[0], runs[1])
 
 
 def test_launch_hooks_see_every_launch():

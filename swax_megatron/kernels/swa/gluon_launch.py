@@ -12,8 +12,8 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..launching import Blocks, Launches
 from . import gluon_dkv, gluon_dq, gluon_forward, gluon_onepass
-from .direct import Blocks, kind, launch
 
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _LOG2_E = math.log2(math.e)
@@ -80,15 +80,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, window: int, start: Tensor | None, 
     o = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     lse = torch.empty(batch, heads, length, device=q.device, dtype=torch.float32)
     tiles, rows = triton.cdiv(length, 128 // pack), (1, 64 // pack, pack, d)
+    launch = Launches(("gluon forward", d, sizes, pack), (), (q, start), _described)
     launch(
         gluon_forward.attention_forward,
         (min(_processors(q.device), batch * heads // pack * tiles), 1, 1),
         (_blocks(q, *rows), _blocks(k, 1, keys, 1, d), _blocks(v, 1, keys, 1, d), _blocks(o, *rows), start, lse,
          length, heads, share, batch, min(window, length), tiles, softmax_scale * _LOG2_E),
         {"STAGES": stages, "DOCUMENTS": start is not None, "num_warps": 4},
-        kind("gluon forward", sizes, pack, start is not None, tensors=(q, start)),
-        _described,
     )  # fmt: skip
+    launch.finish()
     return o, lse
 
 
@@ -110,14 +110,13 @@ def _two_passes(q, k, v, o, lse, do, dq, dk, dv, window, start, end, softmax_sca
     scales = softmax_scale, softmax_scale * _LOG2_E
     dot = torch.empty_like(lse)
     tiles, rows = triton.cdiv(length, 128 // pack), (1, 64 // pack, pack, d)
+    launch = Launches(("gluon backward", d, sizes, pack), (), (q, o, start, end, lse), _described)
     launch(
         gluon_dq.attention_dq,
         (min(_processors(q.device), batch * heads // pack * tiles), 1, 1),
         (_blocks(q, *rows), _blocks(do, *rows), _blocks(k, 1, keys, 1, d), _blocks(v, 1, keys, 1, d), _blocks(dq, *rows),
          o, start, lse, dot, length, heads, share, batch, window, tiles, *scales),
         {"STAGES": stages, "DOCUMENTS": start is not None, "num_warps": 4},
-        kind("gluon dq", sizes.dq, pack, start is not None, tensors=(q, o, start, lse)),
-        _described,
     )  # fmt: skip
     queries, keys, stages = sizes.dkv
     tiles, half = triton.cdiv(length, keys), (1, keys // 2, 1, d)
@@ -127,9 +126,8 @@ def _two_passes(q, k, v, o, lse, do, dq, dk, dv, window, start, end, softmax_sca
         (_blocks(q, 1, queries, 1, d), _blocks(do, 1, queries, 1, d), *(_blocks(x, *half) for x in (k, v, dk, dv)), end, lse, dot,
          length, heads, share, groups, batch, window, tiles, *scales),
         {"STAGES": stages, "DOCUMENTS": end is not None, "num_warps": 4},
-        kind("gluon dkv", sizes.dkv, end is not None, tensors=(q, end, lse)),
-        _described,
     )  # fmt: skip
+    launch.finish()
 
 
 def _one_pass(q, k, v, o, lse, do, dq, dk, dv, window, start, end, softmax_scale, sizes: Sizes) -> None:
@@ -139,7 +137,9 @@ def _one_pass(q, k, v, o, lse, do, dq, dk, dv, window, start, end, softmax_scale
     grid = (triton.cdiv(length, _DOTS_ROWS), heads, batch)
     padded = grid[0] * _DOTS_ROWS
     sums = torch.empty(batch * heads * padded, d, device=q.device, dtype=torch.float32)
-    gluon_onepass.row_dots[grid](do, o, dot, sums, length, padded, heads, *do.stride()[:3], D=d, BM=_DOTS_ROWS, num_warps=4)
+    launch = Launches(("gluon one pass", d, sizes), (do,), (q, o, end, lse), _described)
+    whole = {"D": d, "BM": _DOTS_ROWS, "num_warps": 4}
+    launch(gluon_onepass.row_dots, grid, (do, o, dot, sums, length, padded, heads, *do.stride()[:3]), whole)
     launch(
         gluon_onepass.attention_gradients,
         (triton.cdiv(length, keys) * groups, batch, 1),
@@ -147,7 +147,6 @@ def _one_pass(q, k, v, o, lse, do, dq, dk, dv, window, start, end, softmax_scale
          _blocks(sums, queries, d), end, lse, dot, length, padded, heads, heads // groups, groups, window,
          softmax_scale, softmax_scale * _LOG2_E),
         {"STAGES": stages, "DOCUMENTS": end is not None, "num_warps": 8},
-        kind("gluon one pass", sizes.onepass, end is not None, tensors=(q, end, lse)),
-        _described,
     )  # fmt: skip
-    gluon_onepass.finish_dq[grid](sums, dq, length, padded, heads, softmax_scale, D=d, BM=_DOTS_ROWS, num_warps=4)
+    launch(gluon_onepass.finish_dq, grid, (sums, dq, length, padded, heads, softmax_scale), whole)
+    launch.finish()

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import direct
+from .. import launching
 from . import triton_kernels as kernels
 
 
@@ -63,7 +63,7 @@ def config_for(d: int, window: int) -> Config:
 
 def in_gluon(q: Tensor) -> bool:
     """Whether `gluon_launch.py` runs instead: on a GPU, with the Triton it was tested with (Gluon is experimental there)."""
-    return q.is_cuda and direct.TESTED
+    return q.is_cuda and launching.TESTED
 
 
 def forward(q, k, v, window: int, start: Tensor | None, softmax_scale: float, config: Config) -> tuple[Tensor, Tensor]:
@@ -79,12 +79,9 @@ def forward(q, k, v, window: int, start: Tensor | None, softmax_scale: float, co
     share, tile = heads // k.shape[2], config.forward
     pack = tile.packed(share)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    direct.launch(
-        kernels.attention_forward,
-        (triton.cdiv(length, tile.queries // pack), heads // pack, batch),
-        (q, k, v, start, o, lse, length, heads, share, min(window, length), *strides, softmax_scale * _LOG2_E),
-        {"D": d, "PACK": pack, "DOCUMENTS": start is not None, "DT": _TYPES[q.dtype], **tile.options()},
-        direct.kind("forward", tile, pack, start is not None, tensors=(q, k, v), strides=strides),
+    kernels.attention_forward[triton.cdiv(length, tile.queries // pack), heads // pack, batch](
+        *(q, k, v, start, o, lse, length, heads, share, min(window, length), *strides, softmax_scale * _LOG2_E),
+        **{"D": d, "PACK": pack, "DOCUMENTS": start is not None, "DT": _TYPES[q.dtype], **tile.options()},
     )
     return o, lse
 
@@ -104,19 +101,11 @@ def backward(q, k, v, o, lse, do, window: int, start: Tensor | None, end: Tensor
     sizes = (length, heads, heads // groups, min(window, length), *strides, softmax_scale, softmax_scale * _LOG2_E)
     fixed = {"D": d, "DOCUMENTS": start is not None, "DT": _TYPES[q.dtype]}
     pack = config.dq.packed(heads // groups)
-    direct.launch(
-        kernels.attention_dq,
-        (triton.cdiv(length, config.dq.queries // pack), heads // pack, batch),
-        (q, k, v, do, o, start, lse, dot, dq, *sizes),
-        {"PACK": pack, **fixed, **config.dq.options()},
-        direct.kind("dq", config.dq, pack, start is not None, tensors=(q, k, v, do, o, lse), strides=strides),
+    kernels.attention_dq[triton.cdiv(length, config.dq.queries // pack), heads // pack, batch](
+        *(q, k, v, do, o, start, lse, dot, dq, *sizes), **{"PACK": pack, **fixed, **config.dq.options()}
     )
     anchor = lse if start is None else start  # the kernel offsets this pointer before it knows whether it is needed
-    direct.launch(
-        kernels.attention_dkv,
-        (triton.cdiv(length, config.dkv.keys), groups, batch),
-        (q, k, v, do, anchor, end, lse, dot, dk, dv, *sizes),
-        {**fixed, **config.dkv.options()},
-        direct.kind("dkv", config.dkv, start is not None, tensors=(q, k, v, do, lse), strides=strides),
+    kernels.attention_dkv[triton.cdiv(length, config.dkv.keys), groups, batch](
+        *(q, k, v, do, anchor, end, lse, dot, dk, dv, *sizes), **{**fixed, **config.dkv.options()}
     )
     return dq, dk, dv
