@@ -10,6 +10,7 @@ be in the kernels' `do_not_specialize`. Under Triton's interpreter, with a Trito
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -27,6 +28,12 @@ ALIGNED = 32  # float32 numbers: regions of a buffer begin at multiples of 128 b
 TESTED = triton.__version__.startswith("3.6.") and os.environ.get("TRITON_INTERPRET") != "1"
 
 _known: dict[tuple, list[tuple]] = {}
+
+
+@functools.cache
+def overlaps(device: torch.device) -> bool:
+    """Whether kernels that can be are launched as dependents of the kernel before them (`dependent.py`): from Hopper on."""
+    return TESTED and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class Blocks(NamedTuple):

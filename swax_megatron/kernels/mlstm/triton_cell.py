@@ -15,6 +15,8 @@ they share is read from memory once.
 import triton
 import triton.language as tl
 
+from ..dependent import join, release, wait
+
 
 @triton.jit
 def _block(pair, BLOCKS: tl.constexpr):
@@ -40,9 +42,10 @@ def _store_block(pairs_ptr, block, ti, si, LC: tl.constexpr, BT: tl.constexpr):
 def pair_scores(
     q_ptr, k_ptr, row_ptr, col_ptr, wq_ptr, norms_ptr, start_ptr, p_ptr, den_ptr,
     T, H, C, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, scale,
-    K: tl.constexpr, LC: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, DOCUMENTS: tl.constexpr, DT: tl.constexpr,
+    K: tl.constexpr, LC: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, DOCUMENTS: tl.constexpr, DT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One BT x BT block of P, and its share of the denominator (the incoming state's goes with the first key block)."""
+    release(PDL)
     pair, c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     BLOCKS: tl.constexpr = LC // BT
     ti, si = _block(pair, BLOCKS)
@@ -57,6 +60,8 @@ def pair_scores(
         q = tl.load(q_ptr + lane[:, None] * stride_qt + (d + dd)[None, :], mask=t_real[:, None], other=0.0)
         k = tl.load(k_ptr + lane[None, :] * stride_kt + (d + dd)[:, None], mask=s_real[None, :], other=0.0)
         scores = tl.dot(q.to(DT), k.to(DT), scores, input_precision="ieee")
+    # waits here, for the scan's normalisers: nothing is written before, and q and k are older than the scan, which has called `join`
+    wait(PDL)
     read = tl.zeros([BT], tl.float32)
     if si == 0:
         for d in range(0, K, BD):
@@ -77,13 +82,14 @@ def outputs(
     q_ptr, k_ptr, v_ptr, p_ptr, den_ptr, states_ptr, norms_ptr, row_ptr, col_ptr, mt_ptr, wq_ptr, start_ptr, h_ptr, rn_ptr, side_ptr,
     T, H, C, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, scale, eps,
     K: tl.constexpr, V: tl.constexpr, LC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
-    BLOCKS: tl.constexpr, DOCUMENTS: tl.constexpr, DT: tl.constexpr,
+    BLOCKS: tl.constexpr, DOCUMENTS: tl.constexpr, DT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """h for BM tokens and BN features; 1/n, and the sign of the denominator where it is what n is (else 0: n is its floor).
 
     BLOCKS: into how many `pair_scores` has divided a chunk's rows, or 0: P is computed here.
     """
     pid, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    join(PDL)
     TN: tl.constexpr = V // BN
     t0, n0 = (pid // TN).to(tl.int64) * BM, (pid % TN) * BN
     batch, head, c = bh // H, bh % H, t0 // LC
@@ -153,9 +159,10 @@ def pair_gradients(
     T, H, C, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh, stride_gb, stride_gt, stride_gh, scale,
     K: tl.constexpr, V: tl.constexpr, LC: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
-    KEEP: tl.constexpr, DOCUMENTS: tl.constexpr, DT: tl.constexpr,
+    KEEP: tl.constexpr, DOCUMENTS: tl.constexpr, DT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One BT x BT block of a chunk's pairs: dS and (KEEP) P/n, stored as products will read them, and the sums of W = dS * S."""
+    release(PDL)
     pair, c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     BLOCKS: tl.constexpr = LC // BT
     ti, si = _block(pair, BLOCKS)
@@ -180,11 +187,12 @@ def pair_gradients(
         dp = tl.dot(g.to(DT), v.to(DT), dp, input_precision="ieee")
 
     base, t, s = bh * C * LC, t0 + lane, s0 + lane
-    row, rn, delta = tl.load(row_ptr + base + t), tl.load(rn_ptr + base + t), tl.load(delta_ptr + base + t)
-    col = tl.load(col_ptr + base + s)
+    # past the first-level cache, because the wait comes later: what kernels before the scan wrote is in the second
+    row, rn = tl.load(row_ptr + base + t, cache_modifier=".cg"), tl.load(rn_ptr + base + t, cache_modifier=".cg")
+    delta, col = tl.load(delta_ptr + base + t, cache_modifier=".cg"), tl.load(col_ptr + base + s, cache_modifier=".cg")
     visible = (t[:, None] >= s[None, :]) & t_real[:, None]
     if DOCUMENTS:
-        start_t = tl.load(start_ptr + batch * T + t, mask=t_real, other=0)
+        start_t = tl.load(start_ptr + batch * T + t, mask=t_real, other=0, cache_modifier=".cg")
         visible = visible & (start_t[:, None] <= s[None, :])
     weight = tl.exp(tl.where(visible, row[:, None] + col[None, :], -1e30)) * (rn * scale)[:, None]
     ds = (dp + delta[:, None]) * weight
@@ -198,6 +206,9 @@ def pair_gradients(
     tl.store(col_sum_ptr + (bh * BLOCKS + ti) * C * LC + s, tl.sum(strict, 0))
     if ti == si:
         tl.store(diagonal_ptr + base + t, tl.sum(tl.where(t[:, None] == s[None, :], w, 0.0), 1))
+    # waits last: neither the scan, which comes before, nor this kernel writes what the other reads or writes; what is read above is older
+    # than the scan, which has called `join`
+    wait(PDL)
 
 
 @triton.jit
@@ -312,10 +323,11 @@ def combine_gradients(
     stride_vb, stride_vt, stride_vh, stride_gb, stride_gt, stride_gh, scale,
     K: tl.constexpr, V: tl.constexpr, LC: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
-    KEEP: tl.constexpr, DOCUMENTS: tl.constexpr, DT: tl.constexpr,
+    KEEP: tl.constexpr, DOCUMENTS: tl.constexpr, DT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of dq, dk (all K features, with the gates' row sums) or dv (BN of V features) for BM tokens."""
     pid, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    join(PDL)
     TASKS: tl.constexpr = 2 + V // BN
     block, task = pid // TASKS, pid % TASKS
     zero = task * 0

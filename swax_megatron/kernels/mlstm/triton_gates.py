@@ -15,6 +15,8 @@ the matrix kernels use. With m_in the stabiliser before a chunk and m_out after 
 import triton
 import triton.language as tl
 
+from ..dependent import join
+
 MINUS = tl.constexpr(-1e30)  # stands for -inf without its NaNs
 
 
@@ -50,9 +52,10 @@ def _then(g1, m1, g2, m2):
 def chunk_gates(
     i_ptr, f_ptr, start_ptr, b_ptr, ig_ptr, top_ptr, g_ptr, m_ptr,
     T, H, C, stride_ib, stride_it, stride_ih, stride_fb, stride_ft, stride_fh, cap,
-    LC: tl.constexpr, DOCUMENTS: tl.constexpr,
+    LC: tl.constexpr, DOCUMENTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Per chunk: capped gates, b = cumulative log forget gate, the chunk's own running stabiliser `top`, its summary (G, M)."""
+    join(PDL)
     c, bh = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     batch, head = bh // H, bh % H
     lane = tl.arange(0, LC)
@@ -86,9 +89,10 @@ def token_weights(
     b_ptr, ig_ptr, top_ptr, g_ptr, m_ptr, m0_ptr, start_ptr,
     row_ptr, col_ptr, mt_ptr, wq_ptr, wk_ptr, decay_ptr, m_final_ptr,
     T, H, C, scale,
-    LC: tl.constexpr, SUMMARIES: tl.constexpr, DOCUMENTS: tl.constexpr, INITIAL: tl.constexpr,
+    LC: tl.constexpr, SUMMARIES: tl.constexpr, DOCUMENTS: tl.constexpr, INITIAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Per chunk: the stabiliser of every token and the weights named at the top of this file."""
+    join(PDL)
     c, bh = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     batch = bh // H
     m_in = 0.0
@@ -137,7 +141,7 @@ def token_weights(
 def gate_gradients(
     i_ptr, f_ptr, start_ptr, row_sum_ptr, col_sum_ptr, diagonal_ptr, rq_ptr, rk_ptr, passed_ptr, di_ptr, df_ptr,
     T, H, C, TILES, stride_ib, stride_it, stride_ih, stride_fb, stride_ft, stride_fh, cap,
-    LC: tl.constexpr, BLOCKS: tl.constexpr, TILE_BLOCK: tl.constexpr, DOCUMENTS: tl.constexpr,
+    LC: tl.constexpr, BLOCKS: tl.constexpr, TILE_BLOCK: tl.constexpr, DOCUMENTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the raw gates from sums over the pair matrix W = d(log weight of key s at query t).
 
@@ -145,6 +149,7 @@ def gate_gradients(
     summed from u on), queries from u on that read the incoming state, keys before u that write the outgoing one, and what
     passes through the chunk whole. di_s is W's column sum plus the key's share of the outgoing state.
     """
+    join(PDL)
     c, bh = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     batch, head = bh // H, bh % H
     t = c * LC + tl.arange(0, LC)

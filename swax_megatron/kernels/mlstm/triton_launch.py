@@ -14,7 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..launching import Launches, padded
+from ..launching import Launches, overlaps, padded
 from . import triton_cell as cell
 from . import triton_gates as gates
 from . import triton_norm as norm
@@ -102,14 +102,14 @@ def saved_sizes(batch: int, length: int, heads: int, d_qk: int, d_v: int, chunk:
 
 
 @lru_cache
-def _constants(config: Config, d_qk: int, d_v: int, dtype: torch.dtype, documents: bool, initial: bool, end: bool, back: bool):
-    """The constexpr arguments and options of every kernel."""
+def _constants(config: Config, d_qk: int, d_v: int, dtype: torch.dtype, documents: bool, initial: bool, end: bool, back: bool, pdl: bool):
+    """The constexpr arguments and options of every kernel. pdl: launched as dependents of the kernel before (`dependent.py`)."""
     size, dt = {"K": d_qk, "V": d_v, "LC": config.chunk}, {"DT": _PRODUCT[dtype][0]}
     flags = {"START": initial, "END": end, "REVERSE": back}
     scan = (config.scan_back if back else config.scan).options()
     updates = {**size, "BACK": back, **dt, **config.updates.options()}
     blocks = 0 if config.scores is None else config.chunk // config.scores.sizes["BT"]
-    return SimpleNamespace(
+    made = dict(
         gates={"LC": config.chunk, "DOCUMENTS": documents, "num_warps": 4},
         weights={"LC": config.chunk, "SUMMARIES": 128, "DOCUMENTS": documents, "INITIAL": initial, "num_warps": 4},
         updates={**updates, "DOT": False},
@@ -123,6 +123,8 @@ def _constants(config: Config, d_qk: int, d_v: int, dtype: torch.dtype, document
             "LC": config.chunk, "BLOCKS": config.chunk // config.pairs.sizes["BT"], "TILE_BLOCK": 64, "DOCUMENTS": documents, "num_warps": 4
         },
     )  # fmt: skip
+    launched = {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+    return SimpleNamespace(**{name: each and {**each, **launched} for name, each in made.items()})
 
 
 def _float32(like: Tensor, *shape: int) -> Tensor:
@@ -136,7 +138,7 @@ def forward(q, k, v, igate, fgate, start, c0, n0, m0, want_state: bool, gate_cap
     chunks = -(-length // lc)
     q, k, v = rows(q), rows(k), rows(v)
     launch = Launches(("forward", config, d_qk, d_v, want_state), (q, k, v, igate, fgate, start, c0, n0, m0))
-    constants = _constants(config, d_qk, d_v, q.dtype, start is not None, c0 is not None, want_state, False)
+    constants = _constants(config, d_qk, d_v, q.dtype, start is not None, c0 is not None, want_state, False, overlaps(q.device))
     at = launch.pointer
 
     tokens, scale = bh * chunks * lc, d_qk**-0.5
@@ -212,7 +214,7 @@ def backward(q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end, saved: Sa
     q, k, v, dh = rows(q), rows(k), rows(v), rows(dh)
     given = (q, k, v, igate, fgate, start, h, dh, dot, dc_end, dn_end)
     launch = Launches(("backward", config, d_qk, d_v, want_initial), given)
-    constants = _constants(config, d_qk, d_v, q.dtype, start is not None, dc_end is not None, want_initial, True)
+    constants = _constants(config, d_qk, d_v, q.dtype, start is not None, dc_end is not None, want_initial, True, overlaps(q.device))
     at, dtype, device = launch.pointer, _PRODUCT[q.dtype][1], q.device
 
     tokens, tiles = bh * chunks * lc, passed_tiles(config, d_qk, d_v)

@@ -7,13 +7,15 @@ products, normalisers (B*H, C, K) in float32; every accumulator is float32.
 import triton
 import triton.language as tl
 
+from ..dependent import join
+
 
 @triton.jit(do_not_specialize=["T", "H", "C"])
 def chunk_updates(
     x_ptr, y_ptr, w_ptr, rn_ptr, side_ptr, h_ptr, dot_ptr, delta_ptr, states_ptr, norms_ptr,
     T, H, C, stride_xb, stride_xt, stride_xh, stride_yb, stride_yt, stride_yh,
     K: tl.constexpr, V: tl.constexpr, LC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr,
-    BACK: tl.constexpr, DOT: tl.constexpr, DT: tl.constexpr,
+    BACK: tl.constexpr, DOT: tl.constexpr, DT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """(w X)' Y and sum(w X) of each of GROUP chunks: (k, v) for the states; BACK: (q, dh), w / n and delta w / n for their gradients.
 
@@ -21,6 +23,7 @@ def chunk_updates(
     GROUP programs have the sums of a chunk, and (BACK) delta = -<dh, h> side before, with <dh, h> given (DOT) or not: on Hopper
     (Triton 3.6) a sum in the loop of an asynchronous product has raced.
     """
+    join(PDL)
     tile, first, bh = tl.program_id(0), tl.program_id(1).to(tl.int64) * GROUP, tl.program_id(2).to(tl.int64)
     TV: tl.constexpr = V // BV
     TILES: tl.constexpr = K // BK * TV
@@ -120,11 +123,13 @@ def _scan(
 def scan_states(
     states_ptr, norms_ptr, decay_ptr, c0_ptr, n0_ptr, other_c_ptr, other_n_ptr, c_end_ptr, n_end_ptr, passed_ptr, C,
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, START: tl.constexpr, END: tl.constexpr, REVERSE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Replace each chunk's update by the state before it: S <- decay S + update, from the start or (REVERSE) from the end.
 
     REVERSE also sums gradient times state (other) as it passes through each chunk. The last program of a head does the normaliser.
     """
+    join(PDL)
     tile, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     TILES: tl.constexpr = K * V // BLOCK + 1
     decay_ptr += bh * C
