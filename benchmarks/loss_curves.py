@@ -54,25 +54,35 @@ def main() -> int:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
     parser.add_argument("--out", type=Path, help="append the lines to this file as well")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        prepare_data(work / "data", 8192)
-        (work / "config.yaml").write_text(CONFIG.replace("DATA", str(work / "data")), encoding="utf-8")
-        cases = [(arm, seed) for arm in options.arms for seed in range(1, 1 + options.seeds)]
-        jobs = {case: start(work, *case, options.steps, place) for place, case in enumerate(cases)}  # side by side
-        curves = {case: losses(work, *case, job) for case, job in jobs.items()}
     about = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "torch": torch.__version__,
         "date": time.strftime("%F"),
         "command": "python -m benchmarks.loss_curves " + " ".join(sys.argv[1:]),
     }
-    lines = [{"case": "losses on real text", "arm": arm, "seed": seed, "losses": curve} for (arm, seed), curve in curves.items()]
-    for line in [*lines, {"case": f"mean losses of the last {LAST} steps, nats", **compare(curves), **about}]:
-        print(json.dumps(line)[:400], flush=True)
+    curves: dict[tuple[str, int], list[float]] = {}
+
+    def tell(line: dict[str, Any], most: int | None = None) -> None:
+        print(json.dumps(line)[:most], flush=True)
         if options.out is not None:
             with options.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        prepare_data(work / "data", 8192)
+        (work / "config.yaml").write_text(CONFIG.replace("DATA", str(work / "data")), encoding="utf-8")
+        cases = [(arm, seed) for arm in options.arms for seed in range(1, 1 + options.seeds)]
+        jobs = {case: start(work, *case, options.steps, place) for place, case in enumerate(cases)}  # side by side
+        try:
+            for (arm, seed), job in jobs.items():
+                curves[arm, seed] = losses(work, arm, seed, job)
+                tell({"case": "losses on real text", "arm": arm, "seed": seed, "losses": curves[arm, seed]}, most=200)
+        finally:
+            for job in jobs.values():  # those that still run, where one failed
+                job.kill()
+                job.wait()
+    tell({"case": f"mean losses of the last {LAST} steps, nats", **compare(curves), **about})
     return 0
 
 

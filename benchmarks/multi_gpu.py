@@ -287,6 +287,7 @@ def time_layout(raw: dict[str, Any], windows: list[int] | None, warm_up: int, st
         trainer.feed.close()
         backend.close()
         del trainer, backend
+        gc.unfreeze()  # before the layout's own collection
     release()
     return found
 
@@ -314,7 +315,6 @@ def _drawn_here(chunk: torch.nn.Module, seed: int, tensor_rank: int, tensor_size
 
 def release() -> None:
     """Give memory back: the next layout, or another process, needs it."""
-    gc.unfreeze()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

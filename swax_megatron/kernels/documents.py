@@ -53,9 +53,10 @@ def document_numbers(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
 def document_bounds(cu_seqlens: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor]:
     """(B, T) int32 twice: within its row, the first token of each token's document and one past its last.
 
-    Layers of one pass ask for the same: kept as long as `cu_seqlens` lives unchanged. Not where it may change unseen (a captured graph).
+    Layers of one pass ask for the same: kept as long as `cu_seqlens` lives and torch counts no change of it. Not inside a captured graph,
+    which may be replayed after a change. Bounds belong to the stream that they were first asked for on.
     """
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or cu_seqlens.is_inference() or _capturing():
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or cu_seqlens.is_inference() or capturing():
         return _document_bounds(cu_seqlens, batch, length)
     key, known = (cu_seqlens._version, batch, length), _bounds.get(cu_seqlens)
     if known is None or known[0] != key:
@@ -63,7 +64,8 @@ def document_bounds(cu_seqlens: Tensor, batch: int, length: int) -> tuple[Tensor
     return known[1]
 
 
-def _capturing() -> bool:
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured: memory made now belongs to it, and nothing is computed yet."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 

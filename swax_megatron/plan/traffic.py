@@ -23,7 +23,7 @@ class Cluster:
     # (an H100's arithmetic, faster memory; benchmarks/results/train_step_h200.jsonl; docs/scaling.md has the ratios).
     efficiency: float = 0.54
     # NVLink 4, 450 GB/s each way. With 50 us a message: what NCCL's collectives of 4 to 512 MB reached between two H200, to a tenth but for
-    # the largest (benchmarks/results/multi_gpu_h200x2.jsonl).
+    # the largest, in one run (benchmarks/results/multi_gpu_h200x2_before.jsonl); later ones were up to a quarter faster at 4 MB.
     inside: float = 280e9
     between: float = 40e9  # 400 Gb/s a GPU, four fifths of it reached
     latency: float = 50e-6

@@ -62,7 +62,8 @@ class Rounding:
     whole: float  # of all together
 
 
-FLIP = 1e-4  # of a loss after the last update: what one weight rounded to the neighbouring bf16 number may change (4e-5 seen)
+# of the validation after the last update in bf16: what a weight that was rounded to the neighbouring number may change (4e-5 seen)
+FLIP, MOST_FLIPS = 1e-4, 3
 FP32 = Tolerance(2.5e-6, 5e-6, 2.5e-6, 5e-5)
 BF16, BF16_TENSOR = Rounding(2.5e-3, 2e-3, 2e-2, 1e-2), Rounding(5e-3, 2e-2, 0.2, 0.08)
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -108,8 +109,10 @@ def compare(run: Run, reference: Run, within: Tolerance = FP32, bf16: bool = Fal
     assert history["first_step"] == [START]
     assert history["window/size"] == expected["window/size"] and history["data/targets"] == expected["data/targets"]
     assert history["loss/train"] == pytest.approx(expected["loss/train"], abs=within.loss, rel=0)
+    *validations, last = expected["loss/validation"]
     flips = sum(rounded_elsewhere(tensors[name], each) for name, each in expected_tensors.items() if name.startswith("param.")) * bf16
-    assert history["loss/validation"] == pytest.approx(expected["loss/validation"], abs=within.loss + flips * FLIP, rel=0)
+    assert history["loss/validation"][:-1] == pytest.approx(validations, abs=within.loss, rel=0)
+    assert history["loss/validation"][-1] == pytest.approx(last, abs=within.loss + min(flips, MOST_FLIPS) * FLIP, rel=0)
     assert history["optim/grad_norm"] == pytest.approx(expected["optim/grad_norm"], rel=within.grad_norm, abs=0)
     weight, name = runs.largest_difference(tensors, expected_tensors)
     assert weight <= within.weight, f"{name} differs by {weight:.2e}"

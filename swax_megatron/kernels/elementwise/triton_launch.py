@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..documents import capturing
 from ..launching import launch
 from . import triton_kernels as kernels
 from .reference import frequencies
@@ -45,7 +46,7 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
 
 
 @functools.cache
-def _frequencies(d: int, base: float, device: torch.device) -> Tensor:
+def _kept_frequencies(d: int, base: float, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return frequencies(d, base, device)
 
@@ -59,7 +60,7 @@ def rotary(q: Tensor, k: Tensor, positions: Tensor, base: float, back: bool) -> 
     grid = -(-length // ROTARY_TOKENS), -(-heads // ROTARY_HEADS) + -(-groups // ROTARY_HEADS), batch
     strides = [s for x in (q, k, yq, yk) for s in x.stride()[:3]]
     sizes = {"HALF": half, "PADDED": triton.next_power_of_2(half), "BT": ROTARY_TOKENS, "BH": ROTARY_HEADS, "BACK": back, "num_warps": 4}
-    tensors = q, k, positions, _frequencies(d, base, q.device), yq, yk
+    tensors = q, k, positions, (frequencies if capturing() else _kept_frequencies)(d, base, q.device), yq, yk
     launch(kernels.rotary, grid, tensors, (length, heads, groups, *strides), sizes)
     return yq, yk
 

@@ -32,7 +32,7 @@ def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     width, rows = x.shape[-1], x.numel() // x.shape[-1]
     y = torch.empty(x.shape, device=x.device, dtype=x.dtype)
     scale = torch.empty(rows, device=x.device, dtype=torch.float32)
-    launch(kernels.rms_norm, (rows,), (x.contiguous(), weight, y, scale), (rows, eps), _sizes(width))
+    launch(kernels.rms_norm, (rows,), (x.contiguous(), weight, y, scale), (rows, float(eps)), _sizes(width))
     return y, scale
 
 
