@@ -114,10 +114,13 @@ await() { # pid: its exit code in `code`, however many signals arrive meanwhile
     if [ -n "$interrupted" ]; then wait "$1" && code=0 || { status=$?; [ "$status" = 127 ] || code=$status; }; fi
 }
 
-doze() { # seconds: sleep, but not longer than to the next signal
-    sleep "$1" &
-    wait $! || true
-    kill $! 2>/dev/null || true
+doze() { # whole seconds: sleep, unless a signal has come or comes; one may come before a `wait` begins, so none is long
+    local left=$1
+    while [ "$left" -gt 0 ] && [ -z "$time_is_up$told_by_slurm" ]; do
+        sleep 1 &
+        wait $! || true
+        left=$((left - 1))
+    done
 }
 
 requeue() { # reason, nodes to leave out (may be empty)

@@ -28,7 +28,7 @@ STUBS = {
     "scancel": "",
     "python": """case "$*" in
         *"batch prepare"*) mkdir -p "$RUN/snapshot"; printf '%s\\t%s\\n' "$RUN" "$RUN/snapshot" ;;
-        *"batch decide"*) printf '%b\\n' "$DECIDE" ;;
+        *"batch decide"*) sleep "${DECIDING:-0}"; printf '%b\\n' "$DECIDE" ;;
         *"preflight judge"*) [ -z "$UNFIT" ] || { echo "$UNFIT"; exit 77; } ;;
     esac""",
 }
@@ -119,11 +119,12 @@ def test_a_signal_in_the_checks_trains_nothing(script: Callable[..., Script], nu
         assert "scontrol requeue" not in run.calls and "batch decide" not in run.calls
 
 
+@pytest.mark.parametrize("after", [0.0, 0.3], ids=["as it is decided", "in the delay"])
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_ends_the_delay_before_a_restart(script: Callable[..., Script], number: int) -> None:
-    run = script(TRAIN="137", DECIDE=RESTART, SWAX_PREFLIGHT="0")
+def test_a_signal_ends_the_delay_before_a_restart(script: Callable[..., Script], number: int, after: float) -> None:
+    run = script(TRAIN="137", DECIDE=RESTART, SWAX_PREFLIGHT="0", DECIDING="0" if after else "0.5")
     run.until("batch decide")
-    time.sleep(0.3)
+    time.sleep(after)
     run.process.send_signal(number)
     code, said = run.ended()
     assert code == 75 and "next start in 600 s" in said
