@@ -21,6 +21,8 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
+from .documents import TESTED_CAPABILITY
+
 LIMIT = 1024  # kinds kept; more mean that lengths never repeat
 ALIGNED = 32  # float32 numbers: regions of a buffer begin at multiples of 128 bytes
 
@@ -32,8 +34,8 @@ _known: dict[tuple, list[tuple]] = {}
 
 @functools.cache
 def overlaps(device: torch.device) -> bool:
-    """Whether kernels that can be are launched as dependents of the kernel before them (`dependent.py`): from Hopper on."""
-    return TESTED and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether kernels that can be are launched as dependents of the kernel before them (`dependent.py`): on Hopper."""
+    return TESTED and device.type == "cuda" and torch.cuda.get_device_capability(device) == TESTED_CAPABILITY
 
 
 class Blocks(NamedTuple):
